@@ -1,0 +1,66 @@
+"""The denoiser: the one form in which every diffusion model enters the library.
+
+For clean data `X` and noise level `sigma`, a denoiser is the posterior mean
+
+    D(x_t, sigma) = E[X | X + sigma N = x_t],        N ~ N(0, I),
+
+from which follow, by Tweedie's formula (Efron 2011),
+
+    score       s(x_t, sigma) = (D(x_t, sigma) - x_t) / sigma^2
+    covariance  Cov[X | x_t]  = sigma^2 dD/dx_t .
+"""
+
+from abc import abstractmethod
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from scoreprior._typing import Context, Event, Scalar, Sigma
+from scoreprior._util import check_positive
+
+
+class AbstractDenoiser(eqx.Module):
+    """`D(x, sigma) = E[X | X + sigma N = x]` for one event of any shape; batch with `jax.vmap`."""
+
+    @abstractmethod
+    def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
+        """The posterior mean of the clean event, [*event] in data units."""
+
+    def score(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
+        """`grad_x log p_sigma(x) = (D - x) / sigma^2`, for `sigma > 0`."""
+        return (self(x, sigma, context) - x) / sigma**2
+
+
+class Conditioned(AbstractDenoiser):
+    """A conditional denoiser with its context fixed: an unconditional denoiser."""
+
+    denoiser: AbstractDenoiser
+    context: Context
+
+    def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
+        if context is not None:
+            raise ValueError("context is already fixed in Conditioned; pass context=None")
+        return self.denoiser(x, sigma, self.context)
+
+
+class Rescaled(AbstractDenoiser):
+    """The denoiser of `loc + scale X`, for `X` denoised by `denoiser`.
+
+    `D'(x, sigma) = loc + scale D((x - loc) / scale, sigma / scale)`. It moves a network trained in
+    its own units, say [-1, 1], to data units, say grey levels; everything after it, densities and
+    noise levels included, is in data units. `loc` is a number or [*event]; `scale` one positive
+    number, since noise of equal level in all entries must stay so.
+    """
+
+    denoiser: AbstractDenoiser
+    loc: Event = eqx.field(converter=jnp.asarray)
+    scale: Scalar = eqx.field(converter=jnp.asarray)
+
+    def __check_init__(self):
+        if jnp.ndim(self.scale) != 0:
+            raise ValueError(f"scale must be one number, got shape {jnp.shape(self.scale)}")
+        check_positive("scale", self.scale)
+
+    def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
+        inner = self.denoiser((x - self.loc) / self.scale, sigma / self.scale, context)
+        return self.loc + self.scale * inner

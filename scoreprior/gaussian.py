@@ -1,0 +1,234 @@
+"""Structured Gaussian approximations of a data set.
+
+`Moments` is `N(m, C)` with `C = R diag(lam) R'`, in an orthonormal basis `R` where `C` is
+diagonal. It whitens data at any noise level: with `a(sigma) = sqrt(lam + sigma^2)`,
+
+    u = diag(1 / a(sigma)) R' (x - m),      x = m + R diag(a(sigma)) u,
+
+so that `u ~ N(0, I)` when `x ~ N(m, C + sigma^2 I)`. Nothing here says that the data *are*
+Gaussian; `denoise.Gaussian` is the denoiser for data that are.
+"""
+
+from abc import abstractmethod
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scoreprior._typing import Event, Key, Scalar, Sigma
+from scoreprior._util import check_data, size_of
+
+
+class AbstractBasis(eqx.Module):
+    """An orthonormal change of coordinates that keeps the shape of an event."""
+
+    @abstractmethod
+    def analyse(self, x: Event) -> Event:
+        """Coefficients `R' x`."""
+
+    @abstractmethod
+    def synthesise(self, coefficients: Event) -> Event:
+        """The event `R c` with these coefficients."""
+
+
+class StandardBasis(AbstractBasis):
+    """`R = I`: the entries of an event are its coefficients."""
+
+    def analyse(self, x: Event) -> Event:
+        return x
+
+    def synthesise(self, coefficients: Event) -> Event:
+        return coefficients
+
+
+class Eigenbasis(AbstractBasis):
+    """`R` given by its columns, `vectors` [size, size], acting on the flattened event."""
+
+    vectors: Float[Array, "*batch size size"] = eqx.field(converter=jnp.asarray)
+
+    def analyse(self, x: Event) -> Event:
+        return (x.ravel() @ self.vectors).reshape(x.shape)
+
+    def synthesise(self, coefficients: Event) -> Event:
+        return (self.vectors @ coefficients.ravel()).reshape(coefficients.shape)
+
+
+class HartleyBasis(AbstractBasis):
+    """Discrete Hartley transform along `axes`: real, orthonormal, its own inverse.
+
+    `R'x = (Re F - Im F)(x) / sqrt(n)` with `F` the discrete Fourier transform. It diagonalises
+    the covariance of every real stationary periodic field (Bracewell, J. Opt. Soc. Am. 73, 1983).
+    """
+
+    axes: tuple[int, ...] = eqx.field(static=True)
+
+    def analyse(self, x: Event) -> Event:
+        transformed = jnp.fft.fftn(x, axes=self.axes, norm="ortho")
+        return transformed.real - transformed.imag
+
+    def synthesise(self, coefficients: Event) -> Event:
+        return self.analyse(coefficients)
+
+
+class Moments(eqx.Module):
+    """Gaussian approximation `N(m, R diag(lam) R')` of data of shape `[*event]`.
+
+    **Arguments:** `mean` [*event] in data units; `eigenvalues` [*event], non-negative, in data
+    units squared; `basis`, the orthonormal `R`. Build one from data with `Moments.fit`.
+    """
+
+    mean: Event = eqx.field(converter=jnp.asarray)
+    eigenvalues: Event = eqx.field(converter=jnp.asarray)
+    basis: AbstractBasis = StandardBasis()
+
+    def __check_init__(self):
+        shapes = jnp.shape(self.mean), jnp.shape(self.eigenvalues)
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"eigenvalues must have the shape of mean, {shapes[0]}, got {shapes[1]}"
+            )
+
+    @classmethod
+    def dense(cls, mean: Event, covariance: Float[Array, "size size"]) -> "Moments":
+        """`N(mean, covariance)`, the covariance acting on the flattened event."""
+        mean, covariance = jnp.asarray(mean), jnp.asarray(covariance)
+        if covariance.shape != (mean.size, mean.size):
+            raise ValueError(
+                f"covariance must have shape {(mean.size, mean.size)} for events of shape "
+                f"{mean.shape}, got {covariance.shape}"
+            )
+        values, vectors = jnp.linalg.eigh(covariance)
+        return cls(mean, values.reshape(mean.shape), Eigenbasis(vectors))
+
+    @classmethod
+    def fit(cls, data: Float[Array, "n *event"], structure: "AbstractStructure") -> "Moments":
+        """Fit to `data` [n, *event], with the covariance structure `Isotropic()`, `Diagonal()`,
+        `Dense()` or `Fourier(axes)`."""
+        data = jnp.asarray(data)
+        check_data("data", data)
+        return structure.fit(data)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return jnp.shape(self.mean)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of one event."""
+        return size_of(self.event_shape)
+
+    def scales(self, sigma: Sigma) -> Event:
+        """`a(sigma) = sqrt(lam + sigma^2)`, the standard deviations of noisy data, [*event]."""
+        return jnp.sqrt(self.eigenvalues + sigma**2)
+
+    def whiten(self, x: Event, sigma: Sigma) -> Event:
+        """`u = diag(1/a) R' (x - m)`."""
+        return self.basis.analyse(x - self.mean) / self.scales(sigma)
+
+    def colour(self, u: Event, sigma: Sigma) -> Event:
+        """`x = m + R diag(a) u`, the inverse of `whiten`."""
+        return self.mean + self.basis.synthesise(self.scales(sigma) * u)
+
+    def log_det(self, sigma: Sigma) -> Scalar:
+        """`sum_i log a_i(sigma)`: log-determinant of `colour`."""
+        return jnp.sum(jnp.log(self.scales(sigma)))
+
+    def apply(self, function_of_eigenvalues: Event, x: Event) -> Event:
+        """`R diag(f) R' x`, for `f` [*event] one number per coefficient."""
+        return self.basis.synthesise(function_of_eigenvalues * self.basis.analyse(x))
+
+    def denoise(self, x: Event, sigma: Sigma) -> Event:
+        """`m + C (C + sigma^2 I)^-1 (x - m)`: the denoiser if the data were Gaussian."""
+        shrink = self.eigenvalues / (self.eigenvalues + sigma**2)
+        return self.mean + self.apply(shrink, x - self.mean)
+
+    def log_prob(self, x: Event, sigma: Sigma = 0.0) -> Scalar:
+        """Log density of `N(m, C + sigma^2 I)` at one event."""
+        u = self.whiten(x, sigma)
+        return -0.5 * (jnp.sum(u**2) + self.size * jnp.log(2 * jnp.pi)) - self.log_det(sigma)
+
+    def sample(self, key: Key, sigma: Sigma = 0.0) -> Event:
+        """One draw from `N(m, C + sigma^2 I)`."""
+        return self.colour(jax.random.normal(key, self.event_shape, self.mean.dtype), sigma)
+
+    def covariance(self) -> Float[Array, "size size"]:
+        """`C` as a dense matrix over flattened events."""
+        basis = jnp.eye(self.size, dtype=self.mean.dtype).reshape(self.size, *self.event_shape)
+        columns = jax.vmap(lambda e: self.apply(self.eigenvalues, e))(basis)
+        return columns.reshape(self.size, self.size).T
+
+
+class AbstractStructure(eqx.Module):
+    """What is assumed of a covariance: how `Moments` are estimated from data."""
+
+    @abstractmethod
+    def fit(self, data: Float[Array, "n *event"]) -> Moments:
+        """Estimate the moments of `data` [n, *event]."""
+
+
+class Isotropic(AbstractStructure):
+    """`C = s^2 I`, with `s^2` the mean variance of the entries."""
+
+    def fit(self, data: Float[Array, "n *event"]) -> Moments:
+        mean = data.mean(0)
+        return Moments(mean, jnp.full_like(mean, jnp.mean((data - mean) ** 2)))
+
+
+class Diagonal(AbstractStructure):
+    """Independent entries, each with its own variance."""
+
+    def fit(self, data: Float[Array, "n *event"]) -> Moments:
+        return Moments(data.mean(0), data.var(0))
+
+
+class Dense(AbstractStructure):
+    """Full covariance in its eigenbasis, shrunk towards `tr(C)/d I`.
+
+    `shrinkage` in [0, 1] is the weight of the isotropic target; `None` takes the Ledoit-Wolf
+    estimate (J. Multivariate Anal. 88, 2004), which makes a singular sample covariance positive
+    definite and vanishes as `n` grows.
+    """
+
+    shrinkage: float | None = None
+
+    def __check_init__(self):
+        if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
+            raise ValueError(f"shrinkage must lie in [0, 1] or be None, got {self.shrinkage}")
+
+    def fit(self, data: Float[Array, "n *event"]) -> Moments:
+        mean = data.mean(0)
+        centred = (data - mean).reshape(len(data), -1)
+        sample = centred.T @ centred / len(data)
+        target = jnp.trace(sample) / mean.size * jnp.eye(mean.size, dtype=data.dtype)
+        weight = _ledoit_wolf(centred, sample, target) if self.shrinkage is None else self.shrinkage
+        return Moments.dense(mean, (1 - weight) * sample + weight * target)
+
+
+class Fourier(AbstractStructure):
+    """Stationary and periodic along `axes` (all of them when `None`): spectra, one mean per channel.
+
+    Remaining axes, such as colour channels, are taken as independent, each with its own mean and
+    spectrum.
+    """
+
+    axes: tuple[int, ...] | None = None
+
+    def fit(self, data: Float[Array, "n *event"]) -> Moments:
+        ndim = data.ndim - 1
+        axes = tuple(range(ndim)) if self.axes is None else tuple(a % ndim for a in self.axes)
+        basis = HartleyBasis(axes)
+        mean = jnp.mean(data, axis=(0, *(a + 1 for a in axes)), keepdims=True)[0]
+        mean = jnp.broadcast_to(mean, data.shape[1:])
+        power = jnp.mean(jax.vmap(basis.analyse)(data - mean) ** 2, axis=0)
+        # The spectrum of a real field is even; averaging k and -k uses that.
+        reflected = jnp.roll(jnp.flip(power, axes), 1, axes)
+        return Moments(mean, (power + reflected) / 2, basis)
+
+
+def _ledoit_wolf(centred: Array, sample: Array, target: Array) -> Array:
+    """Weight of `target` that minimises the expected Frobenius error (Ledoit & Wolf 2004, eq. 14)."""
+    n = len(centred)
+    spread = jnp.sum((sample - target) ** 2)
+    noise = (jnp.mean(jnp.sum(centred**2, 1) ** 2) - jnp.sum(sample**2)) / n
+    return jnp.where(spread > 0, jnp.minimum(noise, spread) / jnp.where(spread > 0, spread, 1), 0.0)
