@@ -1,0 +1,19 @@
+"""Settings under which the whole suite runs.
+
+Double precision, so that a tolerance measures the method and not the rounding; rank promotion is an
+error, so that no shape is guessed; two host devices, so that parallel chains can be tried anywhere.
+Compiled programs are kept in `.jax_cache/`, which makes every run after the first faster.
+"""
+
+import os
+from pathlib import Path
+
+FLAG = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
+
+import jax  # noqa: E402  (the flag is read when JAX starts)
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
