@@ -15,7 +15,7 @@ from abc import abstractmethod
 import equinox as eqx
 import jax.numpy as jnp
 
-from scoreprior._typing import Context, Event, Scalar, Sigma
+from scoreprior._typing import Array, Context, Event, Float, Key, Scalar, Sigma
 from scoreprior._util import check_positive
 
 
@@ -29,6 +29,19 @@ class AbstractDenoiser(eqx.Module):
     def score(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         """`grad_x log p_sigma(x) = (D - x) / sigma^2`, for `sigma > 0`."""
         return (self(x, sigma, context) - x) / sigma**2
+
+    def calibrate(
+        self,
+        data: Float[Array, "n *event"],
+        *,
+        key: Key,
+        sigmas: Float[Array, " num_levels"],
+        num_draws: int = 8,
+    ) -> "AbstractDenoiser":
+        """This denoiser with its mean score made zero at every level; see `calibrate.calibrate`."""
+        from scoreprior.denoise.calibrate import calibrate
+
+        return calibrate(self, data, key=key, sigmas=sigmas, num_draws=num_draws)
 
 
 class Conditioned(AbstractDenoiser):

@@ -1,0 +1,162 @@
+"""Samplers: order of convergence, second-order variance, laws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scoreprior.denoise import Gaussian, GaussianMixture
+from scoreprior.gaussian import Moments
+from scoreprior.sample import (
+    ArctanGrid,
+    Churned,
+    DPMSolver,
+    EDMGrid,
+    Euler,
+    HalfNoise,
+    Heun,
+    LogGrid,
+    sample,
+    solve,
+)
+
+KEY = jax.random.key(0)
+MIXTURE = GaussianMixture.diagonal(
+    jnp.array([0.3, 0.7]), jnp.array([[-2.0, 0.5], [1.5, -1.0]]), 0.2
+)
+
+
+@pytest.mark.parametrize(
+    "grid", [LogGrid(0.02, 20.0), EDMGrid(0.02, 20.0), ArctanGrid(0.02, 20.0, scale=1.0)]
+)
+def test_grids_descend_between_their_ends_and_are_even_in_their_coordinate(grid):
+    sigmas = grid(10)
+    assert sigmas.shape == (11,)
+    assert sigmas[0] == 20.0
+    assert sigmas[-1] == 0.02
+    steps = np.diff(grid.warp(sigmas))
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-9)
+    assert np.all(np.diff(sigmas) < 0)
+
+
+def test_edm_grid_is_equation_5():
+    i = np.arange(9)
+    expected = (80 ** (1 / 7) + i / 8 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(EDMGrid(0.002, 80.0)(8), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order"), [(Euler(), 1), (Heun(), 2), (DPMSolver(), 2), (Churned(0.0), 2)]
+)
+def test_order_of_convergence(sampler, order):
+    """Root-mean-square error to a fine solution falls by `2^order` per doubling of the steps."""
+    starts = jax.vmap(lambda k: MIXTURE.moments().sample(k, 10.0))(jax.random.split(KEY, 32))
+
+    def end(sampler, num_steps):
+        sigmas = LogGrid(0.2, 10.0)(num_steps)
+        run = lambda x: solve(MIXTURE, x, key=KEY, sigmas=sigmas, sampler=sampler)  # noqa: E731
+        return jax.vmap(run)(starts)
+
+    fine = end(Heun(), 4096)
+    errors = [jnp.sqrt(jnp.mean((end(sampler, n) - fine) ** 2)) for n in (128, 256, 512)]
+    measured = np.log2(np.asarray(errors[:-1]) / np.asarray(errors[1:]))
+    np.testing.assert_allclose(measured, order, atol=0.15)
+
+
+def _variance_after(sampler, variance, num_steps):
+    """Variance of a one-dimensional sampler on `N(0, variance)` data, propagated without chance.
+
+    A step is linear in `x` and in its noise, so the variance maps by the squared coefficients.
+    """
+    data = Gaussian(Moments(jnp.zeros(1), jnp.full(1, variance)))
+    sigmas = LogGrid(0.1, 5.0)(num_steps)
+
+    def step(spread, levels):
+        def move(x, noise):
+            return sampler.step(data, x, *levels, sampler.init(x), noise)[0][0]
+
+        to_x, to_noise = jax.grad(move, (0, 1))(jnp.zeros(1), jnp.zeros((sampler.num_noises, 1)))
+        return jnp.sum(to_x**2) * spread + jnp.sum(to_noise**2), None
+
+    start = variance + sigmas[0] ** 2
+    end, _ = jax.lax.scan(step, start, (sigmas[:-1], sigmas[1:]))
+    return float(end)
+
+
+@pytest.mark.parametrize(
+    ("make", "order"),
+    [(lambda n: HalfNoise(), 2), (lambda n: Churned(8 / n), 2), (lambda n: Euler(), 1)],
+    ids=["HalfNoise", "Churned", "Euler"],
+)
+def test_variance_error_on_a_gaussian(make, order):
+    exact = 1.3 + 0.1**2
+    errors = [abs(_variance_after(make(n), 1.3, n) - exact) for n in (200, 400, 800)]
+    measured = np.log2(np.asarray(errors[:-1]) / np.asarray(errors[1:]))
+    np.testing.assert_allclose(measured, order, atol=0.15)
+
+
+SAMPLERS = [Euler(), Heun(), DPMSolver(), HalfNoise(), Churned(0.1)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
+def test_law_on_a_gaussian(sampler):
+    """Mean and covariance within five standard errors of `N(m, C + sigma_min^2 I)`."""
+    covariance = jnp.array([[2.0, 0.8], [0.8, 1.0]])
+    data = Gaussian(Moments.dense(jnp.array([3.0, -1.0]), covariance))
+    grid = LogGrid(0.1, 20.0)(400)
+    n = 10_000
+    draws = sample(data, data.moments(), n, key=KEY, sigmas=grid, sampler=sampler)
+    noisy = covariance + 0.01 * jnp.eye(2)
+    mean_error = (draws.mean(0) - data.law.mean) / jnp.sqrt(jnp.diag(noisy) / n)
+    assert jnp.max(jnp.abs(mean_error)) < 5
+    spread = jnp.diag(noisy)[:, None] * jnp.diag(noisy)[None, :] + noisy**2
+    # Euler's variance error at 400 steps is a few parts in a hundred: allowed on top.
+    bias = 0.03 if isinstance(sampler, Euler) else 0.0
+    covariance_error = jnp.abs(jnp.cov(draws.T) - noisy) - bias * jnp.abs(noisy)
+    assert jnp.max(covariance_error / jnp.sqrt(spread / n)) < 5
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
+def test_mixture_masses(sampler):
+    n = 10_000
+    sigmas = LogGrid(0.05, 30.0)(120)
+    draws = sample(MIXTURE, MIXTURE.moments(), n, key=KEY, sigmas=sigmas, sampler=sampler)
+    mass = jnp.mean(draws[:, 0] < -0.25)
+    assert jnp.abs(mass - 0.3) < 5 * jnp.sqrt(0.3 * 0.7 / n)
+
+
+def test_mixture_masses_are_wrong_from_a_wrong_start():
+    """The check above can fail: starting too low without the moments loses the masses."""
+    n = 10_000
+    start = Moments(jnp.zeros(2), jnp.zeros(2))
+    sigmas = LogGrid(0.05, 1.0)(60)
+    draws = sample(MIXTURE, start, n, key=KEY, sigmas=sigmas, sampler=Heun())
+    mass = jnp.mean(draws[:, 0] < -0.25)
+    assert jnp.abs(mass - 0.3) > 5 * jnp.sqrt(0.3 * 0.7 / n)
+
+
+def test_denoise_last_returns_posterior_means():
+    arguments = {"key": KEY, "sigmas": LogGrid(0.5, 10.0)(20), "sampler": Heun()}
+    raw = sample(MIXTURE, MIXTURE.moments(), 4, **arguments)
+    last = sample(MIXTURE, MIXTURE.moments(), 4, **arguments, denoise_last=True)
+    np.testing.assert_allclose(last, jax.vmap(lambda x: MIXTURE(x, 0.5))(raw), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogGrid(-0.1, 1.0), "sigma_min must be a positive finite number, got -0.1"),
+        (lambda: EDMGrid(2.0, 1.0), "sigma_min must be below sigma_max, got 2.0 and 1.0"),
+        (lambda: LogGrid(0.1, 1.0)(0), "num_steps must be at least 1, got 0"),
+        (lambda: Churned(0.6), r"churn must lie in \[0, sqrt\(2\) - 1\], got 0.6"),
+        (
+            lambda: solve(
+                MIXTURE, jnp.zeros(2), key=KEY, sigmas=jnp.ones(1), sampler=Euler()
+            ),
+            "sigmas must hold at least two levels, got 1",
+        ),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
