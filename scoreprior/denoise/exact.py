@@ -132,9 +132,11 @@ class GaussianMixture(AbstractExact):
 
     def _each(self, function, *args) -> Array:
         """`function(component, *args)` for every component, stacked [K, ...]."""
-        axis = None if self.shared_basis else 0
-        axes = Moments(0, 0, jax.tree.map(lambda _: axis, self.components.basis))  # ty: axes, not arrays
-        return jax.vmap(lambda law: function(law, *args), in_axes=(axes,))(self.components)
+        one = jax.vmap(
+            lambda mean, eigenvalues, basis: function(Moments(mean, eigenvalues, basis), *args),
+            in_axes=(0, 0, None if self.shared_basis else 0),
+        )
+        return one(self.components.mean, self.components.eigenvalues, self.components.basis)
 
     def log_responsibilities(self, x: Event, sigma: Sigma = 0.0) -> Float[Array, " K"]:
         """`log P(component | x_t = x)`."""
