@@ -31,6 +31,9 @@ from scoreprior.gaussian import Moments
 Denoise = Callable[[Event, Scalar], Event]
 """A denoiser with its context fixed."""
 
+Memory = PyTree[Array]
+"""What a multistep sampler keeps from one step to the next."""
+
 
 class AbstractGrid(eqx.Module):
     """Decreasing noise levels from `sigma_max` to `sigma_min`; `grid(num_steps)` has one more."""
@@ -49,7 +52,9 @@ class AbstractGrid(eqx.Module):
     def __call__(self, num_steps: int) -> Float[Array, " num_levels"]:
         """`num_steps + 1` levels, the first `sigma_max` and the last `sigma_min`."""
         check_count("num_steps", num_steps)
-        levels = self.inverse(jnp.linspace(self.warp(self.sigma_max), self.warp(self.sigma_min), num_steps + 1))
+        levels = self.inverse(
+            jnp.linspace(self.warp(self.sigma_max), self.warp(self.sigma_min), num_steps + 1)
+        )
         return levels.at[0].set(self.sigma_max).at[-1].set(self.sigma_min)
 
     @abstractmethod
@@ -98,29 +103,30 @@ class ArctanGrid(AbstractGrid):
         return self.scale * jnp.tan(coordinate)
 
 
+class Stage(NamedTuple):
+    """What one step is given besides the event."""
+
+    denoise: Denoise
+    sigma: Scalar  # the level of the event
+    sigma_next: Scalar  # the level to reach, below sigma
+    noise: Float[Array, "num_noises *event"]  # independent standard normal
+
+
 class AbstractSampler(eqx.Module):
     """One step of a sampler from noise level `sigma` to `sigma_next < sigma`.
 
-    `num_noises` independent standard normal events enter each step; `init` gives the memory of
-    the multistep methods.
+    `num_noises` standard normal events enter each step; `init` gives the memory of the multistep
+    methods.
     """
 
     num_noises: eqx.AbstractClassVar[int]
 
-    def init(self, x: Event) -> PyTree[Array]:
+    def init(self, x: Event) -> Memory:
         """Memory before the first step."""
         return ()
 
     @abstractmethod
-    def step(
-        self,
-        denoise: Denoise,
-        x: Event,
-        sigma: Scalar,
-        sigma_next: Scalar,
-        memory: PyTree[Array],
-        noise: Float[Array, "num_noises *event"],
-    ) -> tuple[Event, PyTree[Array]]:
+    def step(self, stage: Stage, x: Event, memory: Memory) -> tuple[Event, Memory]:
         """The event at `sigma_next` and the memory for the step after."""
 
 
@@ -129,17 +135,18 @@ class Euler(AbstractSampler):
 
     num_noises = 0
 
-    def step(self, denoise, x, sigma, sigma_next, memory, noise):
-        ratio = sigma_next / sigma
-        return ratio * x + (1 - ratio) * denoise(x, sigma), memory
+    def step(self, stage: Stage, x: Event, memory: Memory) -> tuple[Event, Memory]:
+        ratio = stage.sigma_next / stage.sigma
+        return ratio * x + (1 - ratio) * stage.denoise(x, stage.sigma), memory
 
 
 class Heun(AbstractSampler):
-    """The trapezoidal step of EDM (Karras et al. 2022, algorithm 1). Two evaluations, second order."""
+    """The trapezoidal step (Karras et al. 2022, algorithm 1). Two evaluations, second order."""
 
     num_noises = 0
 
-    def step(self, denoise, x, sigma, sigma_next, memory, noise):
+    def step(self, stage: Stage, x: Event, memory: Memory) -> tuple[Event, Memory]:
+        denoise, sigma, sigma_next, _ = stage
         slope = (x - denoise(x, sigma)) / sigma
         ahead = x + (sigma_next - sigma) * slope
         slope_next = (ahead - denoise(ahead, sigma_next)) / sigma_next
@@ -165,7 +172,8 @@ class DPMSolver(AbstractSampler):
         # A level before the first at infinity makes the first step one of first order.
         return MultistepMemory(jnp.zeros_like(x), jnp.asarray(jnp.inf, x.dtype))
 
-    def step(self, denoise, x, sigma, sigma_next, memory, noise):
+    def step(self, stage: Stage, x: Event, memory: Memory) -> tuple[Event, Memory]:
+        denoise, sigma, sigma_next, _ = stage
         x_hat = denoise(x, sigma)
         weight = jnp.log(sigma / sigma_next) / jnp.log(memory.sigma / sigma) / 2
         extrapolated = x_hat + weight * (x_hat - memory.x_hat)
@@ -184,7 +192,8 @@ class HalfNoise(AbstractSampler):
 
     num_noises = 2
 
-    def step(self, denoise, x, sigma, sigma_next, memory, noise):
+    def step(self, stage: Stage, x: Event, memory: Memory) -> tuple[Event, Memory]:
+        denoise, sigma, sigma_next, noise = stage
         h = sigma**2 - sigma_next**2
         y = x + jnp.sqrt(h / 2) * noise[0]
         return y + h / sigma**2 * (denoise(y, sigma) - y) + jnp.sqrt(h / 2) * noise[1], memory
@@ -209,11 +218,12 @@ class Churned(AbstractSampler):
             raise ValueError(f"churn must lie in [0, sqrt(2) - 1], got {self.churn}")
         check_positive("noise_scale", self.noise_scale)
 
-    def step(self, denoise, x, sigma, sigma_next, memory, noise):
+    def step(self, stage: Stage, x: Event, memory: Memory) -> tuple[Event, Memory]:
+        sigma, noise = stage.sigma, stage.noise
         active = (sigma >= self.sigma_low) & (sigma <= self.sigma_high)
         raised = sigma * (1 + jnp.where(active, self.churn, 0.0))
         added = jnp.sqrt(raised**2 - sigma**2) * self.noise_scale
-        return Heun().step(denoise, x + added * noise[0], raised, sigma_next, memory, noise)
+        return Heun().step(stage._replace(sigma=raised), x + added * noise[0], memory)
 
 
 @eqx.filter_jit
@@ -231,12 +241,13 @@ def solve(
         raise ValueError(f"sigmas must hold at least two levels, got {sigmas.shape[0]}")
     sigmas = sigmas.astype(x_init.dtype)
 
-    def step(carry, level):
-        x, memory = carry
+    def denoise(x: Event, sigma: Scalar) -> Event:
+        return denoiser(x, sigma, context)
+
+    def step(carry: tuple[Event, Memory], level: tuple[Scalar, Scalar, Key]) -> tuple:
         sigma, sigma_next, step_key = level
-        noise = jax.random.normal(step_key, (sampler.num_noises, *x.shape), x.dtype)
-        denoise = lambda x, sigma: denoiser(x, sigma, context)  # noqa: E731
-        return sampler.step(denoise, x, sigma, sigma_next, memory, noise), None
+        noise = jax.random.normal(step_key, (sampler.num_noises, *x_init.shape), x_init.dtype)
+        return sampler.step(Stage(denoise, sigma, sigma_next, noise), *carry), None
 
     keys = jax.random.split(key, sigmas.shape[0] - 1)
     (x, _), _ = jax.lax.scan(step, (x_init, sampler.init(x_init)), (sigmas[:-1], sigmas[1:], keys))

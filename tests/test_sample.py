@@ -16,6 +16,7 @@ from scoreprior.sample import (
     HalfNoise,
     Heun,
     LogGrid,
+    Stage,
     sample,
     solve,
 )
@@ -73,7 +74,7 @@ def _variance_after(sampler, variance, num_steps):
 
     def step(spread, levels):
         def move(x, noise):
-            return sampler.step(data, x, *levels, sampler.init(x), noise)[0][0]
+            return sampler.step(Stage(data, *levels, noise), x, sampler.init(x))[0][0]
 
         to_x, to_noise = jax.grad(move, (0, 1))(jnp.zeros(1), jnp.zeros((sampler.num_noises, 1)))
         return jnp.sum(to_x**2) * spread + jnp.sum(to_noise**2), None
@@ -150,9 +151,7 @@ def test_denoise_last_returns_posterior_means():
         (lambda: LogGrid(0.1, 1.0)(0), "num_steps must be at least 1, got 0"),
         (lambda: Churned(0.6), r"churn must lie in \[0, sqrt\(2\) - 1\], got 0.6"),
         (
-            lambda: solve(
-                MIXTURE, jnp.zeros(2), key=KEY, sigmas=jnp.ones(1), sampler=Euler()
-            ),
+            lambda: solve(MIXTURE, jnp.zeros(2), key=KEY, sigmas=jnp.ones(1), sampler=Euler()),
             "sigmas must hold at least two levels, got 1",
         ),
     ],

@@ -78,6 +78,4 @@ class FiLM(eqx.Module):
 
 def zeroed[Layer: eqx.nn.Linear | eqx.nn.Conv](layer: Layer) -> Layer:
     """The layer with weight and bias set to zero."""
-    return eqx.tree_at(
-        lambda m: (m.weight, m.bias), layer, replace_fn=jnp.zeros_like
-    )
+    return eqx.tree_at(lambda m: (m.weight, m.bias), layer, replace_fn=jnp.zeros_like)
