@@ -6,7 +6,10 @@ Compiled programs are kept in `.jax_cache/`, which makes every run after the fir
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 FLAG = "--xla_force_host_platform_device_count=2"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
@@ -17,3 +20,14 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(autouse=True)
+def _rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """NumPyro and blackjax promote ranks inside: tests that run them are marked `promotes_ranks`."""
+    if request.node.get_closest_marker("promotes_ranks") is None:
+        yield
+        return
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    jax.config.update("jax_numpy_rank_promotion", "raise")
