@@ -24,7 +24,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 @pytest.fixture(autouse=True)
 def _rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
-    """NumPyro and blackjax promote ranks inside: tests that run them are marked `promotes_ranks`."""
+    """NumPyro and blackjax promote ranks inside: tests of them are marked `promotes_ranks`."""
     if request.node.get_closest_marker("promotes_ranks") is None:
         yield
         return
