@@ -28,7 +28,7 @@ def require_power(se, scale, *, bias=0.05):
     widest = (GATE + POWER) * se
     blind = ~(widest <= bias * scale)
     assert not blind.any(), (
-        f"no power: {blind.sum()} of {se.size} gates cannot see a bias of {bias:g} times the scale; "
+        f"no power: {blind.sum()} of {se.size} gates cannot see {bias:g} times the scale; "
         f"standard error {se[blind].max():.3g} against scale {scale[blind].min():.3g}: "
         f"take {np.max((widest[blind] / (bias * scale[blind])) ** 2):.3g} times the draws "
         "or name a larger bias"
