@@ -172,7 +172,7 @@ class Isotropic(AbstractStructure):
 
     def fit(self, data: Float[Array, "n *event"]) -> Moments:
         mean = data.mean(0)
-        return Moments(mean, jnp.full_like(mean, jnp.mean((data - mean) ** 2)))
+        return Moments(mean, jnp.full_like(mean, jnp.mean((data - mean[None]) ** 2)))
 
 
 class Diagonal(AbstractStructure):
@@ -198,7 +198,7 @@ class Dense(AbstractStructure):
 
     def fit(self, data: Float[Array, "n *event"]) -> Moments:
         mean = data.mean(0)
-        centred = (data - mean).reshape(len(data), -1)
+        centred = (data - mean[None]).reshape(len(data), -1)
         sample = centred.T @ centred / len(data)
         target = jnp.trace(sample) / mean.size * jnp.eye(mean.size, dtype=data.dtype)
         weight = _ledoit_wolf(centred, sample, target) if self.shrinkage is None else self.shrinkage
@@ -220,7 +220,7 @@ class Fourier(AbstractStructure):
         basis = HartleyBasis(axes)
         mean = jnp.mean(data, axis=(0, *(a + 1 for a in axes)), keepdims=True)[0]
         mean = jnp.broadcast_to(mean, data.shape[1:])
-        power = jnp.mean(jax.vmap(basis.analyse)(data - mean) ** 2, axis=0)
+        power = jnp.mean(jax.vmap(basis.analyse)(data - mean[None]) ** 2, axis=0)
         # The spectrum of a real field is even; averaging k and -k uses that.
         reflected = jnp.roll(jnp.flip(power, axes), 1, axes)
         return Moments(mean, (power + reflected) / 2, basis)

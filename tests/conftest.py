@@ -15,6 +15,7 @@ FLAG = "--xla_force_host_platform_device_count=2"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
 
 import jax  # noqa: E402  (the flag is read when JAX starts)
+import jaxtyping  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,3 +32,11 @@ def _rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_numpy_rank_promotion", "allow")
     yield
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def as_user() -> Iterator[None]:
+    """Without the annotation checks of the suite: errors are those that a user sees."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -6,6 +6,8 @@ evidence are all exact.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -130,7 +132,7 @@ class GaussianMixture(AbstractExact):
     def weights(self) -> Float[Array, " K"]:
         return jnp.exp(self.log_weights)
 
-    def _each(self, function, *args) -> Array:
+    def _each(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(component, *args)` for every component, stacked [K, ...]."""
         one = jax.vmap(
             lambda mean, eigenvalues, basis: function(Moments(mean, eigenvalues, basis), *args),
@@ -162,9 +164,9 @@ class GaussianMixture(AbstractExact):
     def moments(self) -> Moments:
         means = self.components.mean
         mean = jnp.tensordot(self.weights, means, 1)
-        offsets = (means - mean).reshape(len(means), -1)
+        offsets = (means - mean[None]).reshape(len(means), -1)
         within = jnp.tensordot(self.weights, self._each(Moments.covariance), 1)
-        return Moments.dense(mean, within + (self.weights * offsets.T) @ offsets)
+        return Moments.dense(mean, within + (self.weights[:, None] * offsets).T @ offsets)
 
     def posterior(
         self, A: Float[Array, "m size"], y: Float[Array, " m"], cov_y: Float[Array, "m m"]
@@ -206,7 +208,7 @@ class Empirical(AbstractExact):
             raise ValueError(f"bandwidth must be non-negative, got {self.bandwidth}")
 
     def _log_kernels(self, x: Event, variance: Scalar) -> Float[Array, " n"]:
-        squares = jnp.sum((self.data - x).reshape(len(self.data), -1) ** 2, 1)
+        squares = jnp.sum((self.data - x[None]).reshape(len(self.data), -1) ** 2, 1)
         return -squares / (2 * variance)
 
     def _mean_of_neighbours(self, x: Event, variance: Scalar) -> Event:
@@ -239,7 +241,7 @@ class Empirical(AbstractExact):
 
     def moments(self) -> Moments:
         mean = self.data.mean(0)
-        centred = (self.data - mean).reshape(len(self.data), -1)
+        centred = (self.data - mean[None]).reshape(len(self.data), -1)
         covariance = centred.T @ centred / len(self.data)
         return Moments.dense(mean, covariance + self.bandwidth**2 * jnp.eye(mean.size))
 
@@ -276,7 +278,7 @@ class Smoothed(AbstractDenoiser):
         self.perturbations = jnp.concatenate([half, -half])
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
-        inputs = x + self.scale * self.perturbations
+        inputs = x[None] + self.scale * self.perturbations
         return jnp.mean(jax.vmap(lambda z: self.denoiser(z, sigma, context))(inputs), 0)
 
 

@@ -1,0 +1,116 @@
+"""Moments: whitening laws, the four structures against independent computations, shrinkage."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.covariance import ledoit_wolf
+
+from scoreprior.gaussian import Dense, Diagonal, Fourier, HartleyBasis, Isotropic, Moments
+
+STRUCTURES = [Isotropic(), Diagonal(), Dense(), Fourier(), Fourier(axes=(0,))]
+SHAPE = (3, 4)
+
+
+def images(n=200):
+    """Correlated images of unequal variance and mean."""
+    key_mix, key_noise = jax.random.split(jax.random.key(0))
+    mixing = jax.random.normal(key_mix, (12, 12))
+    noise = jax.random.normal(key_noise, (n, 12))
+    return (noise @ mixing + jnp.arange(12.0)[None]).reshape(n, *SHAPE)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
+def test_whiten_is_inverted_by_colour_with_the_stated_log_det(structure):
+    moments, x, sigma = Moments.fit(images(), structure), images()[0], 0.7
+    u = moments.whiten(x, sigma)
+    np.testing.assert_allclose(moments.colour(u, sigma), x, rtol=1e-12)
+    flat = lambda u: moments.colour(u.reshape(SHAPE), sigma).ravel()
+    jacobian = jax.jacfwd(flat)(u.ravel())
+    np.testing.assert_allclose(moments.log_det(sigma), np.linalg.slogdet(jacobian)[1], rtol=1e-12)
+    # Whitened in the sense that colouring white noise gives the noised covariance.
+    noised = moments.covariance() + sigma**2 * jnp.eye(12)
+    np.testing.assert_allclose(jacobian @ jacobian.T, noised, atol=1e-10)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
+def test_log_prob_and_denoiser_equal_the_dense_formulas(structure):
+    moments, x, sigma = Moments.fit(images(), structure), images()[1], 0.7
+    covariance, mean = moments.covariance(), moments.mean.ravel()
+    noised = covariance + sigma**2 * jnp.eye(12)
+    expected = jax.scipy.stats.multivariate_normal.logpdf(x.ravel(), mean, noised)
+    np.testing.assert_allclose(moments.log_prob(x, sigma), expected, rtol=1e-10)
+    wiener = mean + covariance @ jnp.linalg.solve(noised, x.ravel() - mean)
+    np.testing.assert_allclose(moments.denoise(x, sigma).ravel(), wiener, rtol=1e-8, atol=1e-9)
+
+
+def test_dense_without_shrinkage_is_the_sample_covariance():
+    data = images()
+    moments = Moments.fit(data, Dense(shrinkage=0.0))
+    expected = np.cov(data.reshape(len(data), -1).T, bias=True)
+    np.testing.assert_allclose(moments.covariance(), expected, atol=1e-10)
+    np.testing.assert_allclose(Moments.fit(data, Diagonal()).eigenvalues.ravel(), np.diag(expected))
+    isotropic = Moments.fit(data, Isotropic()).eigenvalues
+    np.testing.assert_allclose(isotropic, np.full(SHAPE, np.trace(expected) / 12))
+
+
+def test_shrinkage_is_ledoit_wolf_and_cures_a_singular_covariance():
+    few = images(8)
+    moments = Moments.fit(few, Dense())
+    expected, weight = ledoit_wolf(few.reshape(8, -1))
+    assert weight > 0.01
+    np.testing.assert_allclose(moments.covariance(), expected, rtol=1e-8, atol=1e-9)
+    unshrunk = Moments.fit(few, Dense(shrinkage=0.0))
+    assert float(unshrunk.eigenvalues.min()) < 1e-10 < float(moments.eigenvalues.min())
+
+
+def test_constant_pixels_and_constant_data_stay_finite():
+    data = images(20).at[:, 0, 0].set(3.0)
+    for structure in STRUCTURES:
+        moments = Moments.fit(data, structure)
+        assert bool(jnp.all(jnp.isfinite(moments.whiten(data[0], 0.1))))
+    same = Moments.fit(jnp.ones((5, 2)), Dense())
+    np.testing.assert_array_equal(same.eigenvalues, jnp.zeros(2))
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 5, 2)])
+def test_hartley_transform_is_orthonormal_and_diagonalises_stationary_covariances(shape):
+    basis = HartleyBasis(tuple(range(len(shape))))
+    x = jax.random.normal(jax.random.key(0), shape)
+    coefficients = basis.analyse(x)
+    np.testing.assert_allclose(basis.synthesise(coefficients), x, atol=1e-12)
+    np.testing.assert_allclose(jnp.sum(coefficients**2), jnp.sum(x**2), rtol=1e-12)
+    # A stationary covariance is circular convolution by an even kernel.
+    kernel = jax.random.normal(jax.random.key(1), shape)
+    even = kernel + jnp.roll(jnp.flip(kernel), 1, range(len(shape)))
+    convolve = lambda x: jnp.fft.ifftn(jnp.fft.fftn(x) * jnp.fft.fftn(even)).real
+    ratio = basis.analyse(convolve(x)) / coefficients
+    np.testing.assert_allclose(ratio, jnp.fft.fftn(even).real, rtol=1e-8)
+
+
+def test_fourier_moments_recover_a_known_spectrum():
+    shape = (8, 8)
+    k = jnp.fft.fftfreq(8)
+    spectrum = 1 / (0.05 + k[:, None] ** 2 + k[None] ** 2)
+    law = Moments(jnp.full(shape, 2.0), spectrum, HartleyBasis((0, 1)))
+    n = 20_000
+    data = jax.vmap(law.sample)(jax.random.split(jax.random.key(2), n))
+    fitted = Moments.fit(data, Fourier())
+    # Each power is a mean of n chi-squared draws: relative standard error at most sqrt(2 / n) = 1 %.
+    assert float(jnp.abs(fitted.eigenvalues / spectrum - 1).max()) < 5 * (2 / n) ** 0.5
+    assert float(jnp.ptp(fitted.mean)) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Moments.fit(jnp.ones((1, 3)), Dense()), r"data must hold at least two events"),
+        (lambda: Moments.fit(jnp.array([[1.0], [jnp.nan]]), Dense()), r"data must be finite, got 1"),
+        (lambda: Dense(shrinkage=1.5), r"shrinkage must lie in \[0, 1\] or be None, got 1.5"),
+        (lambda: Moments(jnp.zeros(3), jnp.ones(2)), r"eigenvalues must have the shape of mean"),
+        (lambda: Moments.dense(jnp.zeros(3), jnp.eye(2)), r"covariance must have shape \(3, 3\)"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
