@@ -13,8 +13,12 @@ python=$(uv python find --no-project "$oldest" 2>/dev/null) ||
     exit 0
 }
 
-export VIRTUAL_ENV=$PWD/.venv-lowest
-uv venv --quiet --clear --python "$python" "$VIRTUAL_ENV"
-uv pip install --quiet --resolution lowest-direct --reinstall-package scoreprior --group test .
-uv pip list --quiet | grep -iE '^(arviz|blackjax|equinox|jax|numpy|numpyro|optax) '
-"$VIRTUAL_ENV/bin/pytest" -m smoke -n0
+# Every command names the environment: `python3 -m uv pip` would otherwise write into python3's own.
+environment=$PWD/.venv-lowest
+target=$environment/bin/python
+uv venv --quiet --clear --python "$python" "$environment"
+uv pip install --quiet --python "$target" --resolution lowest-direct \
+    --reinstall-package scoreprior --group test .
+uv pip list --quiet --python "$target" |
+    grep -iE '^(arviz|blackjax|equinox|jax|numpy|numpyro|optax) '
+"$environment/bin/pytest" -m smoke -n0

@@ -23,6 +23,7 @@ def test_the_commands_are_the_two_promised():
 
 
 @pytest.mark.slow
+@pytest.mark.smoke
 def test_the_example_runs_as_printed(tmp_path):
     (example,) = blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 24
