@@ -96,9 +96,7 @@ def _mean_residuals(
         return jax.vmap(lambda z: denoiser(x + sigma * z, sigma) - x)(noises).mean(0)
 
     keys = jax.random.split(key, data.shape[0])
-    return jax.lax.map(
-        lambda sigma: jax.vmap(one, (0, 0, None))(data, keys, sigma).mean(0), sigmas
-    )
+    return jax.lax.map(lambda sigma: jax.vmap(one, (0, 0, None))(data, keys, sigma).mean(0), sigmas)
 
 
 def _check_sigmas(sigmas: Array) -> None:

@@ -9,7 +9,7 @@ from scoreprior._typing import Key, Scalar
 
 
 class Fourier(eqx.Module):
-    """Sines and cosines of one number: `[sin(w_k t), cos(w_k t)]`, `w_k` geometric in `[1, fastest]`.
+    """Sines and cosines `[sin(w_k t), cos(w_k t)]` of a number, `w_k` geometric in `[1, fastest]`.
 
     The networks here see `t = log(sigma / scale) / 4`, which spans about two units; `fastest` is
     therefore kept low, so that the network is smooth in the noise level and few solver steps do.
@@ -28,7 +28,7 @@ class Fourier(eqx.Module):
 
 
 class Condition(eqx.Module):
-    """Noise level and optional context vector to one embedding `[size]`, through one hidden layer."""
+    """Noise level and optional context vector to one embedding [size], by one hidden layer."""
 
     features: Fourier
     first: eqx.nn.Linear
@@ -74,6 +74,42 @@ class FiLM(eqx.Module):
         scale, shift = jnp.split(self.linear(embedding), 2)
         expand = (slice(None), *(None,) * (h.ndim - 1))
         return h * (1 + scale[expand]) + shift[expand]
+
+
+class Dropout(eqx.Module):
+    """Zeroes each unit with probability `rate` and rescales the others, once it is given a key.
+
+    Without a key it is the identity: a network drops nothing until `with_dropout` arms it, which
+    training does for every event and step (Srivastava et al., JMLR 2014).
+    """
+
+    rate: float = eqx.field(static=True)
+    key: Key | None = None
+
+    def __check_init__(self) -> None:
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.rate}")
+
+    def __call__(self, h: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        if self.key is None or self.rate == 0:
+            return h
+        kept = jax.random.bernoulli(self.key, 1 - self.rate, h.shape)
+        return jnp.where(kept, h / (1 - self.rate), 0)
+
+
+def with_dropout[Tree](key: Key, tree: Tree) -> Tree:
+    """The tree with an independent key in each of its `Dropout` layers."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_dropout)
+    keys = jax.random.split(key, len(leaves))
+    armed = [
+        Dropout(leaf.rate, k) if _is_dropout(leaf) else leaf
+        for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, armed)
+
+
+def _is_dropout(node: object) -> bool:
+    return isinstance(node, Dropout)
 
 
 def zeroed[Layer: eqx.nn.Linear | eqx.nn.Conv](layer: Layer) -> Layer:

@@ -9,28 +9,31 @@ from jaxtyping import Array, Float
 
 from scoreprior._typing import Event, Key, Scalar
 from scoreprior._util import check_count, size_of
-from scoreprior.nn.embed import Condition, FiLM, zeroed
+from scoreprior.nn.embed import Condition, Dropout, FiLM, zeroed
 
 
 class MLPBlock(eqx.Module):
-    """`h + W2 silu(FiLM(W1 norm(h)))`."""
+    """`h + W2 dropout(silu(FiLM(W1 norm(h))))`."""
 
     norm: eqx.nn.LayerNorm
     first: eqx.nn.Linear
     film: FiLM
+    dropout: Dropout
     second: eqx.nn.Linear
 
-    def __init__(self, width: int, embedding_size: int, *, key: Key):
+    def __init__(self, width: int, embedding_size: int, dropout: float, *, key: Key):
         first, film, second = jax.random.split(key, 3)
         self.norm = eqx.nn.LayerNorm(width)
         self.first = eqx.nn.Linear(width, width, key=first)
         self.film = FiLM(embedding_size, width, key=film)
+        self.dropout = Dropout(dropout)
         self.second = eqx.nn.Linear(width, width, key=second)
 
     def __call__(
         self, h: Float[Array, " width"], embedding: Float[Array, " size"]
     ) -> Float[Array, " width"]:
-        return h + self.second(jax.nn.silu(self.film(self.first(self.norm(h)), embedding)))
+        inner = jax.nn.silu(self.film(self.first(self.norm(h)), embedding))
+        return h + self.second(self.dropout(inner))
 
 
 class ResidualMLP(eqx.Module):
@@ -38,7 +41,8 @@ class ResidualMLP(eqx.Module):
 
     `num_blocks` pre-norm residual blocks of `width` units over the flattened event, each modulated
     by the noise level and an optional context vector [context_size]. The last layer starts at
-    zero, so the untrained network returns zeros.
+    zero, so the untrained network returns zeros. `dropout` acts within the blocks, in training
+    only.
     """
 
     event_shape: tuple[int, ...] = eqx.field(static=True)
@@ -46,6 +50,7 @@ class ResidualMLP(eqx.Module):
     num_blocks: int = eqx.field(static=True)
     embedding_size: int = eqx.field(static=True)
     context_size: int = eqx.field(static=True)
+    dropout: float = eqx.field(static=True)
     condition: Condition
     first: eqx.nn.Linear
     blocks: list[MLPBlock]
@@ -59,6 +64,7 @@ class ResidualMLP(eqx.Module):
         num_blocks: int = 2,
         embedding_size: int = 64,
         context_size: int = 0,
+        dropout: float = 0.0,
         key: Key,
     ):
         check_count("width", width)
@@ -68,11 +74,12 @@ class ResidualMLP(eqx.Module):
         self.event_shape = tuple(event_shape)
         self.width, self.num_blocks = width, num_blocks
         self.embedding_size, self.context_size = embedding_size, context_size
+        self.dropout = dropout
         condition, first, last, *blocks = jax.random.split(key, 3 + num_blocks)
         size = size_of(self.event_shape)
         self.condition = Condition(embedding_size, context_size, key=condition)
         self.first = eqx.nn.Linear(size, width, key=first)
-        self.blocks = [MLPBlock(width, embedding_size, key=k) for k in blocks]
+        self.blocks = [MLPBlock(width, embedding_size, dropout, key=k) for k in blocks]
         self.last = zeroed(eqx.nn.Linear(width, size, key=last))
 
     def __call__(
@@ -96,4 +103,5 @@ class ResidualMLP(eqx.Module):
             "num_blocks": self.num_blocks,
             "embedding_size": self.embedding_size,
             "context_size": self.context_size,
+            "dropout": self.dropout,
         }

@@ -10,25 +10,29 @@ from jaxtyping import Array, Float
 
 from scoreprior._typing import Event, Key, Scalar
 from scoreprior._util import check_count
-from scoreprior.nn.embed import Condition, FiLM, zeroed
+from scoreprior.nn.embed import Condition, Dropout, FiLM, zeroed
 
-Image = Float[Array, "channels height width"]
+Image = Float[Array, "_channels _height _width"]
 
 
 class ConvBlock(eqx.Module):
-    """Residual block: norm, SiLU, 3x3 convolution, FiLM, SiLU, 3x3 convolution."""
+    """Residual block: norm, SiLU, 3x3 convolution, FiLM, SiLU, dropout, 3x3 convolution."""
 
     norm: eqx.nn.GroupNorm
     first: eqx.nn.Conv2d
     film: FiLM
+    dropout: Dropout
     second: eqx.nn.Conv2d
     shortcut: eqx.nn.Conv2d | eqx.nn.Identity
 
-    def __init__(self, channels_in: int, channels: int, embedding_size: int, *, key: Key):
+    def __init__(
+        self, channels_in: int, channels: int, embedding_size: int, dropout: float, *, key: Key
+    ):
         first, film, second, shortcut = jax.random.split(key, 4)
         self.norm = eqx.nn.GroupNorm(_num_groups(channels_in), channels_in)
         self.first = eqx.nn.Conv2d(channels_in, channels, 3, padding=1, key=first)
         self.film = FiLM(embedding_size, channels, key=film)
+        self.dropout = Dropout(dropout)
         self.second = eqx.nn.Conv2d(channels, channels, 3, padding=1, key=second)
         same = channels_in == channels
         self.shortcut = (
@@ -37,8 +41,8 @@ class ConvBlock(eqx.Module):
 
     def __call__(self, h: Image, embedding: Float[Array, " size"]) -> Image:
         inner = self.first(jax.nn.silu(self.norm(h)))
-        inner = self.second(jax.nn.silu(self.film(inner, embedding)))
-        return self.shortcut(h) + inner
+        inner = self.dropout(jax.nn.silu(self.film(inner, embedding)))
+        return self.shortcut(h) + self.second(inner)
 
 
 class UNet(eqx.Module):
@@ -48,7 +52,8 @@ class UNet(eqx.Module):
     height and width must be divisible by `2^(len(widths) - 1)`. Each resolution has `num_blocks`
     residual blocks on the way down and on the way up, modulated by the noise level and an optional
     context vector [context_size]. The last layer starts at zero, so the untrained network returns
-    zeros. After Ronneberger et al. (MICCAI 2015) and Ho et al. (NeurIPS 2020), without attention.
+    zeros. `dropout` acts within the blocks, in training only. After Ronneberger et al. (MICCAI
+    2015) and Ho et al. (NeurIPS 2020), without attention.
     """
 
     event_shape: tuple[int, ...] = eqx.field(static=True)
@@ -56,6 +61,7 @@ class UNet(eqx.Module):
     num_blocks: int = eqx.field(static=True)
     embedding_size: int = eqx.field(static=True)
     context_size: int = eqx.field(static=True)
+    dropout: float = eqx.field(static=True)
     condition: Condition
     first: eqx.nn.Conv2d
     down: list[list[ConvBlock]]
@@ -71,6 +77,7 @@ class UNet(eqx.Module):
         num_blocks: int = 1,
         embedding_size: int = 64,
         context_size: int = 0,
+        dropout: float = 0.0,
         key: Key,
     ):
         _check_shapes(tuple(event_shape), tuple(widths))
@@ -80,12 +87,15 @@ class UNet(eqx.Module):
         self.event_shape, self.widths = tuple(event_shape), tuple(widths)
         self.num_blocks = num_blocks
         self.embedding_size, self.context_size = embedding_size, context_size
+        self.dropout = dropout
         condition, first, last, blocks = jax.random.split(key, 4)
         keys = iter(jax.random.split(blocks, 2 * num_blocks * len(widths)))
 
         def stack(channels_in: int, channels: int) -> list[ConvBlock]:
             sizes = [channels_in, *[channels] * (num_blocks - 1)]
-            return [ConvBlock(size, channels, embedding_size, key=next(keys)) for size in sizes]
+            return [
+                ConvBlock(size, channels, embedding_size, dropout, key=next(keys)) for size in sizes
+            ]
 
         channels = 1 if len(event_shape) == 2 else event_shape[0]
         self.condition = Condition(embedding_size, context_size, key=condition)
@@ -125,6 +135,7 @@ class UNet(eqx.Module):
             "num_blocks": self.num_blocks,
             "embedding_size": self.embedding_size,
             "context_size": self.context_size,
+            "dropout": self.dropout,
         }
 
 
@@ -153,8 +164,7 @@ def _num_groups(channels: int) -> int:
 def _check_shapes(event_shape: tuple[int, ...], widths: tuple[int, ...]) -> None:
     if len(event_shape) not in (2, 3):
         raise ValueError(
-            "event_shape must be (channels, height, width) or (height, width), "
-            f"got {event_shape}"
+            f"event_shape must be (channels, height, width) or (height, width), got {event_shape}"
         )
     if not widths:
         raise ValueError("widths must name at least one resolution, got ()")

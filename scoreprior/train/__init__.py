@@ -1,0 +1,41 @@
+"""Training: losses made of parts, and `fit` with averaging, early stopping and exact resumption."""
+
+from scoreprior.train.augment import Dequantise, Unchanged
+from scoreprior.train.fit import Fit, History, adamw, fit
+from scoreprior.train.levels import AbstractLevels, LogNormal, LogUniform
+from scoreprior.train.loss import (
+    AbstractLoss,
+    AbstractMetric,
+    AbstractRegulariser,
+    AbstractTarget,
+    Clean,
+    Conservative,
+    DenoisingLoss,
+    Goal,
+    Likelihood,
+    Residual,
+    TargetScore,
+)
+
+__all__ = [
+    "AbstractLevels",
+    "AbstractLoss",
+    "AbstractMetric",
+    "AbstractRegulariser",
+    "AbstractTarget",
+    "Clean",
+    "Conservative",
+    "DenoisingLoss",
+    "Dequantise",
+    "Fit",
+    "Goal",
+    "History",
+    "Likelihood",
+    "LogNormal",
+    "LogUniform",
+    "Residual",
+    "TargetScore",
+    "Unchanged",
+    "adamw",
+    "fit",
+]

@@ -1,0 +1,256 @@
+"""Training a denoiser: the loop around `state.advance`."""
+
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+from tqdm.auto import tqdm
+
+from scoreprior._typing import Key
+from scoreprior._util import check_count, check_data, check_positive
+from scoreprior.denoise.base import AbstractDenoiser
+from scoreprior.train import checkpoint as files
+from scoreprior.train.augment import Unchanged
+from scoreprior.train.loss import AbstractLoss
+from scoreprior.train.state import Data, Run, State, Transform, advance
+
+
+class History(NamedTuple):
+    """Losses at each evaluation."""
+
+    step: Int[np.ndarray, " num_evaluations"]
+    train_loss: Float[np.ndarray, " num_evaluations"]  # mean since the evaluation before
+    held_out_loss: Float[np.ndarray, " num_evaluations"]  # of the averaged weights; NaN if none
+
+
+class Fit(NamedTuple):
+    """A trained denoiser and how it came about."""
+
+    denoiser: AbstractDenoiser  # averaged weights at best_step
+    best_step: int
+    history: History
+
+
+def adamw(
+    num_steps: int, *, peak: float = 1e-3, weight_decay: float = 0.01, num_warmup: int = 200
+) -> optax.GradientTransformation:
+    """AdamW with linear warm-up, cosine decay to `peak / 100` and gradients clipped to norm 1."""
+    num_warmup = min(num_warmup, num_steps // 2)
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, num_warmup, num_steps, peak / 100)
+    rule = optax.adamw(rate, b2=0.99, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(1.0), rule)
+
+
+def network_of(denoiser: Any) -> Any:
+    """`denoiser.net`: what `fit` trains unless told otherwise."""
+    return denoiser.net
+
+
+def fit(
+    denoiser: AbstractDenoiser,
+    data: Float[Array, "n *event"],
+    loss: AbstractLoss,
+    *,
+    key: Key,
+    num_steps: int,
+    batch_size: int = 256,
+    context: PyTree[Array] = None,
+    held_out: Float[Array, "m ..."] | None = None,
+    held_out_context: PyTree[Array] = None,
+    num_held_out_draws: int = 8,
+    optimiser: optax.GradientTransformation | None = None,
+    averaging: float = 0.999,
+    evaluate_every: int = 250,
+    patience: int | None = None,
+    dequantise: Transform = Unchanged(),  # noqa: B008
+    augment: Transform = Unchanged(),  # noqa: B008
+    where: Callable[[Any], Any] = network_of,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> Fit:
+    """Train `denoiser` on `data` [n, *event] in data units, and return it with averaged weights.
+
+    Every `evaluate_every` steps the loss of the averaged weights is computed on `held_out`
+    [m, *event], with the same `num_held_out_draws` noises per event each time; the weights
+    returned are those of the lowest held-out loss (the last ones without `held_out`), and training
+    stops after `patience` evaluations without a new lowest.
+
+    **Arguments:** `context`, a pytree with leaves [n, ...], one per event, for conditional
+    denoisers; `optimiser`, by default `adamw(num_steps)`; `averaging`, the decay per step of the
+    exponential moving average of the weights; `dequantise(key, x)`, part of the data's law and so
+    applied to held-out events too, and before it `augment(key, x)`, applied in training only, both
+    afresh for every event of every step; `where(denoiser)`, the part that is trained;
+    `checkpoint`, a file written after every evaluation, from which the same call resumes and ends
+    with the same weights, bit for bit.
+
+    **Errors:** `ValueError` before any work for unusable arguments or a checkpoint of another run,
+    naming what differs; `FloatingPointError` when the loss is no longer finite.
+    """
+    _check(num_steps, batch_size, evaluate_every, num_held_out_draws, patience, averaging)
+    dtype = _dtype(where(denoiser))
+    training = _data("data", data, context, dtype)
+    testing = None if held_out is None else _data("held_out", held_out, held_out_context, dtype)
+    _check_events(denoiser, training, testing)
+    optimiser = adamw(num_steps) if optimiser is None else optimiser
+    run = Run(
+        denoiser=denoiser,
+        where=where,
+        loss=loss,
+        optimiser=optimiser,
+        data=training,
+        held_out=testing,
+        key=key,
+        dequantise=dequantise,
+        augment=augment,
+        batch_size=batch_size,
+        averaging=averaging,
+        num_held_out_draws=num_held_out_draws,
+    )
+    plan = _plan(num_steps, evaluate_every)
+    state, settings = run.start(len(plan)), _settings(run, num_steps, evaluate_every)
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and path.exists():
+        state = files.read(path, state, settings)
+    bar = tqdm(total=num_steps, initial=int(state.step), disable=not progress, unit="step")
+    with bar:
+        for evaluation, end in enumerate(plan):
+            if end <= int(state.step):
+                continue
+            if patience is not None and _stale(state, plan) >= patience:
+                break
+            num = end - int(state.step)
+            state = advance(run, state, num, jnp.asarray(evaluation))
+            _check_progress(state, evaluation)
+            if path is not None:
+                files.write(path, state, settings)
+            bar.update(num)
+            bar.set_postfix(_report(state, evaluation), refresh=False)
+    return Fit(run.build(state.best), int(state.best_step), _history(state, plan))
+
+
+def _plan(num_steps: int, evaluate_every: int) -> list[int]:
+    """Steps after which the loss is evaluated; the last is `num_steps`."""
+    return [*range(evaluate_every, num_steps, evaluate_every), num_steps]
+
+
+def _stale(state: State, plan: list[int]) -> int:
+    """Evaluations since the lowest held-out loss."""
+    return sum(int(state.best_step) < end <= int(state.step) for end in plan)
+
+
+def _report(state: State, evaluation: int) -> dict[str, str]:
+    held_out = float(state.held_out_losses[evaluation])
+    report = {"loss": f"{float(state.train_losses[evaluation]):.4g}"}
+    return report if math.isnan(held_out) else report | {"held_out": f"{held_out:.4g}"}
+
+
+def _history(state: State, plan: list[int]) -> History:
+    done = np.array([end for end in plan if end <= int(state.step)], dtype=int)
+    train_losses, held_out_losses = np.asarray(state.train_losses), state.held_out_losses
+    return History(done, train_losses[: len(done)], np.asarray(held_out_losses)[: len(done)])
+
+
+def _settings(run: Run, num_steps: int, evaluate_every: int) -> dict[str, Any]:
+    """What must agree for a run to be resumed, as plain JSON."""
+
+    def described(value: Any) -> str:
+        return eqx.tree_pformat(value, width=1_000_000)
+
+    return {
+        "num_steps": num_steps,
+        "evaluate_every": evaluate_every,
+        "batch_size": run.batch_size,
+        "averaging": run.averaging,
+        "num_held_out_draws": run.num_held_out_draws,
+        "key": np.asarray(jax.random.key_data(run.key)).tolist(),
+        "data": _digest(run.data),
+        "held_out": _digest(run.held_out),
+        "initial weights": _digest(run.params()),
+        "denoiser": described(run.denoiser),
+        "loss": described(run.loss),
+        "dequantise": described(run.dequantise),
+        "augment": described(run.augment),
+    }
+
+
+def _digest(tree: PyTree[Array]) -> str:
+    """Checksum of all arrays of a tree."""
+    checksum = 0
+    for leaf in jax.tree.leaves(tree):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
+    return f"{checksum:08x}"
+
+
+def _data(name: str, x: Array, context: PyTree[Array], dtype: Any) -> Data:
+    x = jnp.asarray(x, dtype)
+    check_data(name, x)
+    for leaf in jax.tree.leaves(context):
+        if jnp.shape(leaf)[:1] != x.shape[:1]:
+            raise ValueError(
+                f"context of {name} must have one entry per event, leading size {x.shape[0]}, "
+                f"got shape {jnp.shape(leaf)}"
+            )
+    return Data(x, jax.tree.map(jnp.asarray, context))
+
+
+def _dtype(trained: Any) -> Any:
+    leaves = jax.tree.leaves(eqx.filter(trained, eqx.is_inexact_array))
+    if not leaves:
+        raise ValueError("where must select a part of the denoiser that holds floating arrays")
+    return jnp.result_type(*leaves)
+
+
+def _check(
+    num_steps: int,
+    batch_size: int,
+    evaluate_every: int,
+    num_held_out_draws: int,
+    patience: int | None,
+    averaging: float,
+) -> None:
+    check_count("num_steps", num_steps)
+    check_count("batch_size", batch_size)
+    check_count("evaluate_every", evaluate_every)
+    check_count("num_held_out_draws", num_held_out_draws)
+    if patience is not None:
+        check_count("patience", patience)
+    check_positive("averaging", averaging)
+    if averaging >= 1:
+        raise ValueError(f"averaging must lie in (0, 1), got {averaging}")
+
+
+def _check_events(denoiser: AbstractDenoiser, data: Data, held_out: Data | None) -> None:
+    """Raise unless the denoiser maps an event of the data to one of the same shape."""
+    event = data.x.shape[1:]
+    if held_out is not None and held_out.x.shape[1:] != event:
+        raise ValueError(
+            f"held_out must hold events of shape {event} like data, got {held_out.x.shape[1:]}"
+        )
+    first = jax.tree.map(lambda leaf: leaf[0], data)
+    sigma = jnp.ones((), data.x.dtype)
+    try:
+        made = eqx.filter_eval_shape(denoiser, first.x, sigma, first.context).shape
+    except Exception as error:
+        raise ValueError(
+            f"data must hold events the denoiser accepts; one of shape {event} fails: {error}"
+        ) from error
+    if made != event:
+        raise ValueError(
+            f"data must hold events of the denoiser's shape {made}, got events of shape {event}"
+        )
+
+
+def _check_progress(state: State, evaluation: int) -> None:
+    if not math.isfinite(float(state.train_losses[evaluation])):
+        raise FloatingPointError(
+            f"training loss is not finite between steps {int(state.best_step)} and "
+            f"{int(state.step)}; lower the learning rate or raise the smallest noise level"
+        )

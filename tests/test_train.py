@@ -1,0 +1,399 @@
+"""Training: parts of the loss against closed forms, what `fit` learns, exact resumption, errors."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from scoreprior import nn
+from scoreprior.denoise import AbstractDenoiser, Gaussian, GaussianMixture, Rescaled
+from scoreprior.denoise.network import Network
+from scoreprior.gaussian import Moments
+from scoreprior.train import (
+    Conservative,
+    DenoisingLoss,
+    Dequantise,
+    Likelihood,
+    LogNormal,
+    LogUniform,
+    Residual,
+    TargetScore,
+    fit,
+)
+
+KEY = jax.random.key(0)
+VARIANCE = jnp.array([0.5, 2.0])
+GAUSSIAN = Gaussian(Moments(jnp.array([1.0, -1.0]), VARIANCE))
+MIXTURE = GaussianMixture.diagonal(
+    jnp.array([0.4, 0.6]), jnp.array([[-2.0, 1.0], [1.5, -1.0]]), 0.1
+)
+MIXTURE_MOMENTS = Moments(jnp.array([0.1, -0.2]), jnp.array([3.04, 1.06]))
+
+
+def draws(law, num, key=KEY):
+    return jax.vmap(law.sample)(jax.random.split(key, num))
+
+
+def expected_loss(loss, denoiser, data, key=KEY):
+    """Monte-Carlo mean and standard error of a loss over data."""
+    u = (jnp.arange(len(data)) + 0.5) / len(data)
+    keys = jax.random.split(key, len(data))
+    values = jax.vmap(lambda x, u, k: loss(denoiser, x, u, None, key=k))(data, u, keys)
+    return values.mean(), values.std() / jnp.sqrt(len(data))
+
+
+def gated(loss, denoiser, data, expected):
+    mean, error = expected_loss(loss, denoiser, data)
+    assert jnp.abs(mean - expected) < 5 * error
+    assert 5 * error < 0.05 * jnp.abs(expected)  # sharp enough to see a 5 % bias
+
+
+def at_level(sigma):
+    return LogUniform(sigma * (1 - 1e-9), sigma)
+
+
+def test_levels_have_their_laws():
+    u = jnp.linspace(0.0, 1.0, 11)[1:-1]
+    sigma = jax.vmap(LogUniform(0.1, 10.0))(u)
+    np.testing.assert_allclose(jnp.log10(sigma), 2 * u - 1, rtol=1e-12, atol=1e-12)
+    sigma = jax.vmap(LogNormal(0.6, 1.2))(u)
+    np.testing.assert_allclose(jnp.log(sigma / 0.6) / 1.2, jax.scipy.stats.norm.ppf(u), rtol=1e-9)
+
+
+def test_residual_loss_of_the_gaussian_denoiser_is_one_at_every_level():
+    data = draws(GAUSSIAN, 40_000)
+    for sigma in (0.1, 1.0, 10.0):
+        loss = DenoisingLoss(at_level(sigma), Residual(GAUSSIAN.law))
+        gated(loss, GAUSSIAN, data, 1.0)
+
+
+def test_likelihood_loss_is_the_closed_form():
+    sigma = 0.8
+    expected = jnp.sum(VARIANCE / (VARIANCE + sigma**2))
+    gated(DenoisingLoss(at_level(sigma), Likelihood()), GAUSSIAN, draws(GAUSSIAN, 40_000), expected)
+
+
+def test_target_score_has_no_variance_on_a_gaussian():
+    """With `tau^2` the variance of the data the target is the denoiser itself, at every draw."""
+    isotropic = Gaussian(Moments(jnp.zeros(2), jnp.full(2, 1.7)))
+    data = draws(isotropic, 64)
+    target = TargetScore(lambda x: -x / 1.7, spread=float(np.sqrt(1.7)))
+    metric = Likelihood()
+    mean, _ = expected_loss(DenoisingLoss(LogUniform(0.1, 10.0), metric, target), isotropic, data)
+    assert mean < 1e-20
+    plain, _ = expected_loss(DenoisingLoss(LogUniform(0.1, 10.0), metric), isotropic, data)
+    assert plain > 0.1
+
+
+def test_target_score_is_unbiased_on_a_mixture():
+    """`E[(target - D) f(x_t)] = 0` for any function `f`, here the identity."""
+    data, sigma = draws(MIXTURE, 40_000), 0.5
+    noise = jax.random.normal(jax.random.key(1), data.shape)
+    target = TargetScore(lambda x: jax.grad(MIXTURE.log_prob)(x), spread=0.3)
+
+    def residual(x, z, target):
+        x_t = x + sigma * z
+        return (target(x, x_t, jnp.asarray(sigma)).value - MIXTURE(x_t, sigma)) * x_t
+
+    values = jax.vmap(residual, (0, 0, None))(data, noise, target)
+    error = values.std(0) / jnp.sqrt(len(data))
+    assert jnp.all(jnp.abs(values.mean(0)) < 5 * error)
+    wrong = TargetScore(lambda x: 0.5 * jax.grad(MIXTURE.log_prob)(x) - 1.0, spread=0.3)
+    values = jax.vmap(residual, (0, 0, None))(data, noise, wrong)
+    assert jnp.any(jnp.abs(values.mean(0)) > 5 * values.std(0) / jnp.sqrt(len(data)))
+
+
+class Linear(AbstractDenoiser):
+    matrix: jax.Array
+
+    def __call__(self, x, sigma, context=None):
+        return self.matrix @ x
+
+
+def test_conservative_penalty_is_the_antisymmetric_part():
+    matrix = jax.random.normal(KEY, (4, 4))
+    penalty = Conservative(0.3)
+    keys = jax.random.split(KEY, 20_000)
+    arguments = (jnp.zeros(4), jnp.asarray(1.0), None)
+    values = jax.vmap(lambda k: penalty(Linear(matrix), *arguments, k))(keys)
+    expected = 0.3 * jnp.sum((matrix - matrix.T) ** 2) / 8
+    error = values.std() / jnp.sqrt(len(keys))
+    assert jnp.abs(values.mean() - expected) < 5 * error
+    symmetric = Linear(matrix + matrix.T)
+    assert penalty(symmetric, *arguments, KEY) < 1e-25
+
+
+def mlp_denoiser(moments=MIXTURE_MOMENTS, width=48):
+    net = nn.ResidualMLP((2,), width=width, num_blocks=2, embedding_size=16, key=KEY)
+    return Network(net, moments)
+
+
+LOSS = DenoisingLoss(LogUniform(0.05, 20.0), Residual(MIXTURE_MOMENTS))
+
+
+def excess(denoiser, levels=(0.2, 0.5, 1.0, 2.0)):
+    """Mean square distance to the exact denoiser over that of the Gaussian one."""
+    data = draws(MIXTURE, 2000, jax.random.key(5))
+    noise = jax.random.normal(jax.random.key(6), data.shape)
+
+    def distance(other, sigma):
+        gap = jax.vmap(lambda x: other(x, sigma) - MIXTURE(x, sigma))
+        return jnp.mean(gap(data + sigma * noise) ** 2)
+
+    gaussian = Gaussian(MIXTURE_MOMENTS)
+    return max(float(distance(denoiser, s) / distance(gaussian, s)) for s in levels)
+
+
+def test_fit_learns_a_mixture():
+    """From the Gaussian denoiser nine tenths of the way and more to the exact one."""
+    result = fit(
+        mlp_denoiser(),
+        draws(MIXTURE, 20_000),
+        LOSS,
+        key=KEY,
+        num_steps=1200,
+        batch_size=256,
+        held_out=draws(MIXTURE, 500, jax.random.key(7)),
+        optimiser=optax.adam(3e-3),
+        averaging=0.99,
+        evaluate_every=400,
+        progress=False,
+    )
+    assert excess(mlp_denoiser()) == pytest.approx(1.0)
+    assert excess(result.denoiser) < 0.1
+    assert result.history.step.tolist() == [400, 800, 1200]
+    losses = result.history.held_out_loss
+    assert result.best_step == result.history.step[np.argmin(losses)]
+    moments = result.denoiser.moments
+    assert jnp.array_equal(moments.eigenvalues, MIXTURE_MOMENTS.eigenvalues)
+
+
+def quick(denoiser, data, loss=LOSS, **options):
+    settings = {"key": KEY, "num_steps": 40, "batch_size": 32, "evaluate_every": 10}
+    return fit(denoiser, data, loss, **(settings | {"progress": False} | options))
+
+
+def test_early_stopping_keeps_the_best_weights():
+    """A step size that ruins a trained network: the weights before are kept, and training stops."""
+    data, held_out = draws(MIXTURE, 256), draws(MIXTURE, 256, jax.random.key(8))
+    trained = quick(mlp_denoiser(), data, num_steps=300, optimiser=optax.adam(3e-3)).denoiser
+    rate = optax.piecewise_constant_schedule(1e-5, {10: 3e4})
+    result = quick(
+        trained,
+        data,
+        held_out=held_out,
+        num_steps=200,
+        patience=3,
+        optimiser=optax.sgd(rate),
+        averaging=0.5,
+    )
+    assert result.best_step == 10
+    assert result.history.step.tolist() == [10, 20, 30, 40]
+    assert np.argmin(result.history.held_out_loss) == 0
+
+
+def test_dequantised_data_are_learnt_in_data_units():
+    """`X = 3` always, dequantised to U[3, 5): mean 4, variance 1/3."""
+    data = jnp.full((64, 2), 3.0)
+    denoiser = mlp_denoiser(Moments(jnp.full(2, 4.0), jnp.full(2, 1 / 3)))
+    loss = DenoisingLoss(LogUniform(0.1, 5.0), Residual(denoiser.moments))
+    result = quick(
+        denoiser, data, loss, num_steps=400, dequantise=Dequantise(2.0), optimiser=optax.adam(3e-3)
+    )
+    grid = jnp.linspace(3.0, 5.0, 4001)
+    sigma, x = 0.4, 3.2
+    weight = jnp.exp(-((x - grid) ** 2) / (2 * sigma**2))
+    expected = jnp.sum(weight * grid) / jnp.sum(weight)
+    np.testing.assert_allclose(result.denoiser(jnp.full(2, x), sigma), expected, atol=0.05)
+    gaussian = Gaussian(denoiser.moments)(jnp.full(2, x), sigma)
+    assert jnp.min(jnp.abs(gaussian - expected)) > 0.05
+
+
+def test_augmentation_reaches_training_but_not_the_held_out_loss():
+    data = draws(MIXTURE, 64)
+    shifted = lambda key, x: x + 100.0  # noqa: E731
+    plain = quick(mlp_denoiser(), data, held_out=data, num_steps=1, optimiser=optax.sgd(0.0))
+    moved = quick(
+        mlp_denoiser(), data, held_out=data, num_steps=1, optimiser=optax.sgd(0.0), augment=shifted
+    )
+    assert moved.history.held_out_loss[0] == plain.history.held_out_loss[0]
+    assert moved.history.train_loss[0] > 10 * plain.history.train_loss[0]
+
+
+class Shift(eqx.Module):
+    """A network that predicts the context times one weight."""
+
+    weight: jax.Array
+
+    def __call__(self, x, log_sigma, context):
+        return self.weight * context
+
+
+def test_context_is_kept_with_its_event():
+    """`X = y` exactly: the only weight that explains it is known, and shuffled pairs give none."""
+    y = jax.random.normal(KEY, (512, 2))
+    moments = Moments(jnp.zeros(2), jnp.ones(2))
+    loss = DenoisingLoss(at_level(100.0), Residual(moments))
+    options = {"num_steps": 300, "optimiser": optax.adam(3e-2), "averaging": 0.9}
+    fitted = quick(Network(Shift(jnp.zeros(())), moments), y, loss, context=y, **options)
+    assert abs(fitted.denoiser.net.weight - 1) < 0.05
+    other = jnp.roll(y, 1, 0)
+    fitted = quick(Network(Shift(jnp.zeros(())), moments), y, loss, context=other, **options)
+    assert abs(fitted.denoiser.net.weight) < 0.3
+
+
+class FlaxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 48, rngs=rngs)
+        self.second = nnx.Linear(48, 2, rngs=rngs)
+
+    def __call__(self, x, log_sigma, context):
+        return self.second(nnx.silu(self.first(jnp.append(x, log_sigma.astype(x.dtype)))))
+
+
+def test_a_flax_network_is_trained():
+    denoiser = Network(FlaxNet(nnx.Rngs(0)), MIXTURE_MOMENTS)
+    data = draws(MIXTURE, 4096)
+    result = quick(denoiser, data, num_steps=600, batch_size=128, optimiser=optax.adam(1e-2))
+    assert excess(result.denoiser) < 0.5
+
+
+def test_where_selects_what_is_trained():
+    inner = mlp_denoiser()
+    denoiser = Rescaled(inner, jnp.zeros(2), jnp.asarray(2.0))
+    result = quick(denoiser, draws(MIXTURE, 64), where=lambda d: d.denoiser.net)
+    assert result.denoiser.scale == 2.0
+    before, after = inner.net.last.weight, result.denoiser.denoiser.net.last.weight
+    assert jnp.max(jnp.abs(after - before)) > 0
+
+
+SCRIPT = """
+import sys
+import numpy as np
+from safetensors.numpy import save_file
+from test_train import resumable, weights
+
+save_file(weights(resumable(sys.argv[1])), sys.argv[2])
+"""
+
+
+def resumable(checkpoint):
+    return fit(
+        mlp_denoiser(width=16),
+        draws(MIXTURE, 256),
+        LOSS,
+        key=jax.random.key(3),
+        num_steps=400,
+        batch_size=64,
+        held_out=draws(MIXTURE, 64),
+        evaluate_every=20,
+        checkpoint=checkpoint,
+        progress=False,
+    )
+
+
+def weights(result):
+    leaves = jax.tree.leaves(result.denoiser.net)
+    return {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}
+
+
+def launch(*arguments):
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parent),
+        "JAX_ENABLE_X64": "1",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    checkpoint, killed, resumed = (tmp_path / name for name in ("run.safetensors", "a", "b"))
+    whole = weights(resumable(tmp_path / "whole.safetensors"))
+    process = launch(checkpoint, killed)
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not killed.exists()
+    with safe_open(checkpoint, framework="numpy") as file:
+        assert 0 < file.get_tensor(".step") < 400
+    process = launch(checkpoint, resumed)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+    again = load_file(resumed)
+    assert again.keys() == whole.keys()
+    assert all(again[name].tobytes() == whole[name].tobytes() for name in whole)
+    start = jax.tree.leaves(mlp_denoiser(width=16).net)
+    assert any(not np.array_equal(whole[str(i)], leaf) for i, leaf in enumerate(start))
+
+
+def test_checkpoints_of_other_runs_and_broken_ones_are_refused(tmp_path):
+    path, data = tmp_path / "run.safetensors", draws(MIXTURE, 64)
+    quick(mlp_denoiser(), data, checkpoint=path)
+    with pytest.raises(ValueError, match=r"differs in: batch_size \(32 there, 16 here\); pass"):
+        quick(mlp_denoiser(), data, checkpoint=path, batch_size=16)
+    with pytest.raises(ValueError, match=r"differs in: data \("):
+        quick(mlp_denoiser(), data + 1, checkpoint=path)
+    with pytest.raises(ValueError, match="do not hold the same arrays"):
+        quick(mlp_denoiser(), data, checkpoint=path, optimiser=optax.sgd(0.1))
+    again = quick(mlp_denoiser(), data, checkpoint=path)  # a finished run is simply read
+    assert again.history.step.tolist() == [10, 20, 30, 40]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        quick(mlp_denoiser(), data, checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"averaging": 1.0}, r"averaging must lie in \(0, 1\), got 1.0"),
+        ({"data": jnp.array([[1.0, jnp.nan], [0.0, 0.0]])}, "data must be finite, got 1 of 4"),
+        ({"data": jnp.zeros((8, 3))}, r"data must hold events the denoiser accepts; .*\(3,\)"),
+        ({"held_out": jnp.zeros((8, 3))}, r"held_out must hold events of shape \(2,\) like data"),
+        ({"context": jnp.zeros((3, 1))}, "context of data must have one entry per event"),
+        ({"where": lambda d: 3}, "where must select a part of the denoiser"),
+    ],
+)
+def test_bad_arguments_fail_before_any_work(options, message):
+    options = {"data": draws(MIXTURE, 16)} | options
+    with pytest.raises(ValueError, match=message):
+        quick(mlp_denoiser(), options.pop("data"), **options)
+
+
+def test_divergence_is_reported():
+    with pytest.raises(FloatingPointError, match="training loss is not finite"):
+        quick(mlp_denoiser(), draws(MIXTURE, 64), optimiser=optax.sgd(1e30))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogUniform(2.0, 1.0), "sigma_min must be below sigma_max, got 2.0 and 1.0"),
+        (lambda: LogNormal(-1.0, 1.0), "median must be a positive finite number, got -1.0"),
+        (lambda: Dequantise(0.0), "width must be a positive finite number, got 0.0"),
+        (lambda: Conservative(-1.0), "weight must be a positive finite number, got -1.0"),
+    ],
+)
+def test_errors_of_parts(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
