@@ -1,4 +1,4 @@
-"""Adapters: every parameterisation on every schedule gives the closed-form denoiser of a Gaussian."""
+"""Adapters: every parameterisation on every schedule gives a Gaussian's closed-form denoiser."""
 
 import jax
 import jax.numpy as jnp

@@ -202,7 +202,7 @@ class FlowMatching(AbstractSchedule):
 
 
 class Discrete(AbstractSchedule):
-    """A table: `alpha^2 = alpha_bar`, `sigma^2 = 1 - alpha_bar`, `alpha_bar` [num_times] decreasing.
+    """A decreasing table `alpha_bar` [num_times]: `alpha^2 = alpha_bar`, `sigma^2 = 1 - alpha_bar`.
 
     Times are the indices 0, ..., num_times - 1; between them the log level is linear.
     """
@@ -297,8 +297,9 @@ class VPrediction(AbstractPrediction):
 class VelocityPrediction(AbstractPrediction):
     """`net = E[alpha' X + sigma' z | x_t]`, primes being rates in `t`.
 
-    `D = (sigma net - sigma' x_t) / (sigma alpha' - alpha sigma')`. The velocity of flow matching and stochastic interpolants, in the time of the schedule
-    (Albergo et al. 2023, eq. 2.10 with a Gaussian end).
+    `D = (sigma net - sigma' x_t) / (sigma alpha' - alpha sigma')`. The velocity of flow matching
+    and stochastic interpolants, in the time of the schedule (Albergo et al. 2023, eq. 2.10 with a
+    Gaussian end).
     """
 
     def clean(self, x_t: Event, t: Scalar, output: Event) -> Event:

@@ -6,7 +6,8 @@ mean. In the denoiser's form
 
     D_cal(x, sigma) = D(x, sigma) - b(sigma),      b(sigma) = E D(x_t, sigma) - E X,
 
-so that `E D_cal(x_t, sigma) = E X`. The denoising loss `E |D - X|^2` drops by `|b|^2` at every level.
+so that `E D_cal(x_t, sigma) = E X`. The denoising loss `E |D - X|^2` drops by `|b|^2` at every
+level.
 """
 
 import equinox as eqx
