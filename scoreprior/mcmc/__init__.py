@@ -1,0 +1,5 @@
+"""Markov chain Monte Carlo engines on a `Problem`, by blackjax."""
+
+from scoreprior.mcmc.nuts import NUTS
+
+__all__ = ["NUTS"]

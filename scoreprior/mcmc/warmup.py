@@ -1,0 +1,113 @@
+"""Warm-up of Hamiltonian kernels, one step size and mass matrix for all chains.
+
+Stan's schedule (fast, then slow windows that double, then fast; Stan reference manual, "HMC
+algorithm parameters") with blackjax's dual averaging and Welford estimator. Every chain feeds the
+same estimates: M chains learn a mass matrix in windows M times as informative, and chains that
+advance in lock step under `vmap` build trees of similar depth.
+"""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blackjax.adaptation.mass_matrix import mass_matrix_adaptation
+from blackjax.adaptation.staged_adaptation import build_schedule
+from blackjax.adaptation.step_size import dual_averaging_adaptation
+from jaxtyping import Array, Float, Int
+
+from scoreprior._typing import PyTree, Scalar
+
+FAST, SLOW, FROZEN = 0, 1, 2
+
+
+class WarmupState(NamedTuple):
+    """State of dual averaging and of the running covariance, and what the kernel uses now."""
+
+    averaging: Any
+    covariance: Any
+    step_size: Scalar
+    inverse_mass_matrix: Array  # [size] or [size, size]
+
+
+class Warmup(eqx.Module):
+    """Shared adaptation towards a mean acceptance rate of `target_accept`."""
+
+    num_steps: int = eqx.field(static=True)
+    target_accept: float = eqx.field(static=True)
+    dense_mass: bool = eqx.field(static=True)
+
+    def schedule(self, num_draws: int) -> Int[np.ndarray, "steps 2"]:
+        """For every step, draws included, its stage and what it ends.
+
+        0 ends nothing, 1 a slow window, 2 the warm-up.
+        """
+        schedule = np.zeros((self.num_steps + num_draws, 2), int)
+        schedule[self.num_steps :, 0] = FROZEN
+        if self.num_steps:
+            schedule[: self.num_steps] = np.asarray(build_schedule(self.num_steps))
+            schedule[self.num_steps - 1, 1] = 2
+        return schedule
+
+    def init(self, size: int, step_size: Scalar) -> WarmupState:
+        """Start from the unit mass matrix, for positions of `size` numbers."""
+        averaging = self._averaging()[0](step_size)
+        covariance = self._covariance()[0](size)
+        dtype = step_size.dtype
+        state = WarmupState(averaging, covariance, step_size, covariance.inverse_mass_matrix)
+        return jax.tree.map(lambda leaf: _in_dtype(leaf, dtype), state)
+
+    def update(
+        self,
+        state: WarmupState,
+        scheduled: Int[Array, "2"],
+        positions: Float[Array, "chains size"],
+        acceptance: Float[Array, " chains"],
+    ) -> WarmupState:
+        """The state after one step of all chains; `scheduled` is its row of the schedule."""
+        stage, end = scheduled
+        branches = (self._fast, self._slow, lambda state, *_: state)
+        new = jax.lax.switch(stage, branches, state, positions, acceptance)
+        return jax.lax.switch(end, (lambda state: state, self._end_window, self._end_warmup), new)
+
+    def _fast(self, state: WarmupState, positions: Array, acceptance: Array) -> WarmupState:
+        averaging = self._averaging()[1](state.averaging, jnp.mean(acceptance))
+        new = state._replace(averaging=averaging, step_size=jnp.exp(averaging.log_step_size))
+        return _like(state, new)
+
+    def _slow(self, state: WarmupState, positions: Array, acceptance: Array) -> WarmupState:
+        _, absorb, _ = self._covariance()
+
+        def one(covariance: Any, position: Array) -> tuple[Any, None]:
+            return _like(covariance, absorb(covariance, position)), None
+
+        covariance, _ = jax.lax.scan(one, state.covariance, positions)
+        return self._fast(state._replace(covariance=covariance), positions, acceptance)
+
+    def _end_window(self, state: WarmupState) -> WarmupState:
+        restart, _, average = self._averaging()
+        covariance = self._covariance()[2](state.covariance)
+        averaging = restart(average(state.averaging))
+        step_size = jnp.exp(averaging.log_step_size)
+        new = WarmupState(averaging, covariance, step_size, covariance.inverse_mass_matrix)
+        return _like(state, new)
+
+    def _end_warmup(self, state: WarmupState) -> WarmupState:
+        return _like(state, state._replace(step_size=self._averaging()[2](state.averaging)))
+
+    def _averaging(self) -> Any:
+        return dual_averaging_adaptation(self.target_accept)
+
+    def _covariance(self) -> Any:
+        return mass_matrix_adaptation(is_diagonal_matrix=not self.dense_mass)
+
+
+def _in_dtype(leaf: Any, dtype: Any) -> Array:
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
+
+
+def _like(old: PyTree[Any], new: PyTree[Any]) -> PyTree[Any]:
+    """`new` in the types of `old`, so that a compiled loop can carry it."""
+    return jax.tree.map(lambda a, b: jnp.asarray(b, a.dtype), old, new)

@@ -1,0 +1,201 @@
+"""`Problem`: the posterior that a NumPyro model with at least one `ScorePrior` asks for.
+
+A *position* holds one unconstrained array per latent site. In the non-centred form, the default,
+the position of a prior site is its noise `u ~ N(0, I)` and `x = flow.to_data(u)`: the prior is
+exactly standard normal and no divergence is computed. In the centred form it is `x` itself, and
+the prior enters by its density policy. Every other latent site lies behind NumPyro's bijection
+`biject_to(support)` in both forms, with its log-determinant in the density.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array
+from numpyro.distributions import biject_to
+from numpyro.handlers import reparam, seed, substitute, trace
+from numpyro.infer.reparam import TransformReparam
+from numpyro.infer.util import constrain_fn, potential_energy
+from numpyro.primitives import Messenger
+
+from scoreprior._typing import Key, Scalar
+from scoreprior.problem.linearise import Observation, observe
+from scoreprior.problem.sites import Site, Sites, find_sites, peel
+
+Position = Mapping[str, Array]
+"""One unconstrained array per latent site, by its name."""
+
+Values = Mapping[str, Array]
+"""Values in the model's own space, by site name."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Problem:
+    """A posterior problem, non-centred unless `centred()`; build it with `from_model`.
+
+    Every method is a pure function of arrays, for one position: use `jax.jit` and `jax.vmap`.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sites: Sites
+    is_centred: bool = False
+
+    @classmethod
+    def from_model(cls, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Problem":
+        """Run `model(*args, **kwargs)` once, on a prior draw, and find what it asks.
+
+        Raises `ValueError`, naming the site, for a model without a latent `ScorePrior`, with
+        discrete, improper or masked latent sites, with a randomly subsampled plate, or with data
+        whose log density is NaN.
+        """
+        if not callable(model):
+            raise TypeError(f"model must be a NumPyro model, a callable, got {model!r}")
+        return cls(model, args, kwargs, find_sites(model, args, kwargs))
+
+    def centred(self) -> "Problem":
+        """The same problem in the centred form.
+
+        Raises what the density policy of a prior raises where it has no density (`ScoreOnly`).
+        """
+        centred = replace(self, is_centred=True)
+        jax.eval_shape(lambda: centred.log_prior(centred.initial(jax.random.key(0))))
+        return centred
+
+    @property
+    def latent_names(self) -> tuple[str, ...]:
+        """Names of the sites in a position: prior sites, then the other latent sites."""
+        return (*self.sites.priors, *self.sites.latents)
+
+    def log_density(self, position: Position) -> Scalar:
+        """Joint log density of latent sites and data, `log_prior + log_likelihood`."""
+        return -potential_energy(self._model(), self.args, self.kwargs, self._named(position))
+
+    def log_prior(self, position: Position) -> Scalar:
+        """Log density of the latent sites at an unconstrained position, Jacobians included."""
+        model = _Silence(self._model(), self._is_likelihood)
+        return -potential_energy(model, self.args, self.kwargs, self._named(position))
+
+    def log_likelihood(self, position: Position) -> Scalar:
+        """Log density of the observed sites and `numpyro.factor`s given the latent sites."""
+        model = _Silence(self._model(), lambda message: not self._is_likelihood(message))
+        return -potential_energy(model, self.args, self.kwargs, self._named(position))
+
+    def initial(self, key: Key) -> dict[str, Array]:
+        """The position of a draw from the prior."""
+        sites = trace(seed(self._model(), key)).get_trace(*self.args, **self.kwargs)
+        drawn = {name: sites[self._noise_name(name)] for name in self.latent_names}
+        return {
+            name: biject_to(site["fn"].support).inv(site["value"]) for name, site in drawn.items()
+        }
+
+    def constrain(self, position: Position) -> dict[str, Array]:
+        """Model-space values of latent and deterministic sites; prior sites hold `x`, not `u`."""
+        named = self._named(position)
+        values = constrain_fn(
+            self._model(), self.args, self.kwargs, named, return_deterministic=True
+        )
+        return {name: values[name] for name in (*self.latent_names, *self.sites.deterministic)}
+
+    def unconstrain(self, values: Values) -> dict[str, Array]:
+        """The position of model-space `values` of every latent site (others are ignored)."""
+        sites = self.trace(values)
+        return {name: self._unconstrain(sites[name]) for name in self.latent_names}
+
+    def trace(self, values: Values) -> dict[str, Any]:
+        """NumPyro's trace of the model with its latent sites at model-space `values`."""
+        if missing := [name for name in self.latent_names if name not in values]:
+            raise ValueError(f"values must hold every latent site, {missing} missing")
+        latent = {name: values[name] for name in self.latent_names}
+        model = substitute(self._with_params(), data=latent)
+        return trace(model).get_trace(*self.args, **self.kwargs)
+
+    def linearise(
+        self, values: Values, *, site: str | None = None, prior: str | None = None
+    ) -> Observation:
+        """The observed Gaussian `site` as `y = A x + N(0, cov_y)` around model-space `values`.
+
+        `x` is the value of prior site `prior`; the other latent sites stay at `values`. Either name
+        may be left out where the model has only one.
+        """
+        site = _only("site", site, self.sites.observed)
+        prior = _only("prior", prior, self.sites.priors)
+        return observe(self, {name: values[name] for name in self.latent_names}, site, prior)
+
+    def __repr__(self) -> str:
+        name = getattr(self.model, "__name__", repr(self.model))
+        kinds = ((kind, list(sites)) for kind, sites in self.sites._asdict().items())
+        found = ", ".join(f"{kind}={names}" for kind, names in kinds if names)
+        return f"Problem({name}, {found}, {'centred' if self.is_centred else 'non-centred'})"
+
+    def _with_params(self) -> Callable[..., Any]:
+        # Parameters keep the values found first; a key drawn inside the model is always the same.
+        model = seed(self.model, jax.random.key(0), hide_types=["sample", "plate", "control_flow"])
+        return substitute(model, data=self.sites.params)
+
+    def _model(self) -> Callable[..., Any]:
+        model = self._with_params()
+        if self.is_centred:
+            return model
+        return reparam(model, config=dict.fromkeys(self.sites.priors, _FromNoise()))
+
+    def _noise_name(self, name: str) -> str:
+        """The name under which NumPyro keeps the position of site `name`."""
+        return f"{name}_base" if name in self.sites.priors and not self.is_centred else name
+
+    def _named(self, position: Position) -> dict[str, Array]:
+        if set(position) != set(self.latent_names):
+            raise ValueError(
+                f"position must hold the sites {sorted(self.latent_names)}, got {sorted(position)}"
+            )
+        return {self._noise_name(name): value for name, value in position.items()}
+
+    def _is_likelihood(self, message: dict[str, Any]) -> bool:
+        # NumPyro adds the log-determinant of a bijection as an observed factor of this name.
+        log_dets = {f"_{self._noise_name(name)}_log_det" for name in self.latent_names}
+        return message["is_observed"] and message["name"] not in log_dets
+
+    def _unconstrain(self, site: dict[str, Any]) -> Array:
+        if self._noise_name(site["name"]) == site["name"]:
+            return biject_to(site["fn"].support).inv(jnp.asarray(site["value"]))
+        value = jnp.asarray(site["value"])
+        for transform in reversed(peel(site["fn"])[0].transforms):
+            value = transform.inv(value)
+        return value
+
+
+class _FromNoise(TransformReparam):
+    """`TransformReparam` that also looks under a mask of `True`."""
+
+    def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> Any:
+        base, _ = peel(fn)
+        batch_shape = fn.shape()[: len(fn.shape()) - base.event_dim]
+        plain = base.expand(batch_shape).to_event(fn.event_dim - base.event_dim)
+        return super().__call__(name, plain, obs)
+
+
+class _Silence(Messenger):
+    """Takes the sites for which `silent(message)` holds out of the density, at no cost."""
+
+    def __init__(self, fn: Callable[..., Any], silent: Callable[[dict[str, Any]], bool]):
+        super().__init__(fn)
+        self.silent = silent
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and self.silent(msg):
+            msg["fn"] = msg["fn"].mask(False)
+
+
+def _only(argument: str, name: str | None, sites: Mapping[str, Site]) -> str:
+    if name is None and len(sites) == 1:
+        return next(iter(sites))
+    if name not in sites:
+        raise ValueError(f"{argument} must be one of {list(sites)}, got {name!r}")
+    return name
+
+
+__all__ = ["Observation", "Position", "Problem", "Site", "Sites", "Values"]
