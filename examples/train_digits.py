@@ -22,6 +22,7 @@ generalisation; 296,000 weights and 6,000 steps unless said otherwise):
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ SIGMA_MIN, SIGMA_MAX = 0.2, 100.0
 1 / sqrt(12) = 0.29, so it hides nothing of an image; the largest is six times the pixel range."""
 
 Images = Float[Array, "n 8 8"]
+OneImage = Callable[[Array, Array], Array]
 
 
 class Split(NamedTuple):
@@ -108,7 +110,7 @@ def flow_bits_per_dimension(flow: Flow, images: Images) -> tuple[float, float]:
     return in_bits(repeated(one, images, num_repeats=1))
 
 
-def repeated(one, images: Images, num_repeats: int = 8) -> np.ndarray:  # noqa: ANN001
+def repeated(one: OneImage, images: Images, num_repeats: int = 8) -> np.ndarray:
     """Means of `one(image, key)` over keys, for each image."""
     keys = jax.random.split(jax.random.key(1), (len(images), num_repeats))
     each = jax.jit(jax.vmap(jax.vmap(one, (None, 0))))
