@@ -226,7 +226,7 @@ def _names(tree: Any) -> list[str]:
 
 def _save_arrays(file: Path, tree: Any, extra: dict[str, np.ndarray]) -> None:
     arrays = dict(zip(_names(tree), map(np.asarray, jax.tree.leaves(tree)), strict=True))
-    _replace(file, lambda handle: np.savez(handle, **arrays, **extra))
+    _replace(file, lambda handle: np.savez(handle, allow_pickle=False, **arrays, **extra))
 
 
 def _replace(file: Path, write: Callable[[Any], Any]) -> None:

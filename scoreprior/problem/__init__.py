@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro.distributions import biject_to
-from numpyro.handlers import reparam, seed, substitute, trace
+from numpyro.handlers import reparam, seed, substitute, trace, uncondition
 from numpyro.infer.reparam import TransformReparam
 from numpyro.infer.util import constrain_fn, potential_energy
 from numpyro.primitives import Messenger
@@ -114,6 +114,13 @@ class Problem:
         model = substitute(self._with_params(), data=latent)
         return trace(model).get_trace(*self.args, **self.kwargs)
 
+    def predict(self, key: Key, values: Values) -> dict[str, Array]:
+        """Data simulated for the observed sites, given model-space `values` of the latent sites."""
+        latent = {name: values[name] for name in self.latent_names}
+        model = substitute(seed(self.model, key), data={**self.sites.params, **latent})
+        sites = trace(uncondition(model)).get_trace(*self.args, **self.kwargs)
+        return {name: sites[name]["value"] for name in self.sites.observed}
+
     def linearise(
         self, values: Values, *, site: str | None = None, prior: str | None = None
     ) -> Observation:
@@ -128,8 +135,8 @@ class Problem:
 
     def __repr__(self) -> str:
         name = getattr(self.model, "__name__", repr(self.model))
-        kinds = ((kind, list(sites)) for kind, sites in self.sites._asdict().items())
-        found = ", ".join(f"{kind}={names}" for kind, names in kinds if names)
+        kinds = zip(Sites._fields[:4], self.sites[:4], strict=True)
+        found = ", ".join(f"{kind}={list(sites)}" for kind, sites in kinds if sites)
         return f"Problem({name}, {found}, {'centred' if self.is_centred else 'non-centred'})"
 
     def _with_params(self) -> Callable[..., Any]:
@@ -193,7 +200,7 @@ class _Silence(Messenger):
 def _only(argument: str, name: str | None, sites: Mapping[str, Site]) -> str:
     if name is None and len(sites) == 1:
         return next(iter(sites))
-    if name not in sites:
+    if name is None or name not in sites:
         raise ValueError(f"{argument} must be one of {list(sites)}, got {name!r}")
     return name
 

@@ -9,7 +9,7 @@ are zero.
 """
 
 from functools import singledispatch
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,19 +21,16 @@ from scoreprior._typing import Event, Key
 from scoreprior.gaussian import Moments
 from scoreprior.problem.sites import is_one, peel
 
-if TYPE_CHECKING:
-    from scoreprior.problem import Problem
-
 
 class Observation(eqx.Module):
-    """`y = A x + N(0, cov_y)`, as seen from the point `x_0` of prior site `prior`.
+    """`y = A x + N(0, cov_y)`, as seen from the point `x_0` of prior site `prior` of a `problem`.
 
     `y` [*y] is the data less the affine offset; `noise` is `N(0, cov_y)` as `Moments`, diagonal for
     a `Normal` site and dense otherwise; `mask` [*y] is true where there are data. Where the noise
     depends on `x`, it is taken at `x_0`.
     """
 
-    problem: "Problem" = eqx.field(static=True)
+    problem: Any = eqx.field(static=True)
     site: str = eqx.field(static=True)
     prior: str = eqx.field(static=True)
     values: dict[str, Array]
@@ -81,7 +78,7 @@ class Observation(eqx.Module):
         return jnp.all(jnp.abs(change - straight) <= tolerance)
 
 
-def observe(problem: "Problem", values: dict[str, Array], site: str, prior: str) -> Observation:
+def observe(problem: Any, values: dict[str, Array], site: str, prior: str) -> Observation:
     """Read `Observation` off observed site `site`, with `values` of all latent sites."""
     values = {name: jnp.asarray(value) for name, value in values.items()}
     message = problem.trace(values)[site]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jaxtyping import Array
 from numpyro.handlers import seed, trace
 from numpyro.primitives import Messenger
 
@@ -35,21 +36,22 @@ class Sites(NamedTuple):
     """The sites of a model by kind, each in the order of the model.
 
     `priors` are latent sites with a `ScorePrior`; `latents` are the other latent sites; `observed`
-    are those with data; `deterministic` are computed. `params` are the values of `numpyro.param`
-    sites, which stay as they are.
+    are those with data; `deterministic` are computed. `data` are the values of observed sites and
+    `params` those of `numpyro.param` sites, which stay as they are.
     """
 
     priors: dict[str, Site]
     latents: dict[str, Site]
     observed: dict[str, Site]
     deterministic: dict[str, Site]
+    data: dict[str, Array]
     params: dict[str, Any]
 
 
 def find_sites(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sites:
     """Run `model` once, on a draw from its prior, and sort its sites."""
     recorded = trace(_Refuse(seed(model, jax.random.key(0)))).get_trace(*args, **kwargs)
-    sites = Sites({}, {}, {}, {}, {})
+    sites = Sites({}, {}, {}, {}, {}, {})
     for name, message in recorded.items():
         match message["type"]:
             case "param" | "mutable":
@@ -61,6 +63,7 @@ def find_sites(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
                 kind[name] = _site(message, message["fn"].event_dim)
             case "sample" if not message["infer"].get("is_auxiliary"):
                 _check_observed(message)
+                sites.data[name] = jnp.asarray(message["value"])
                 sites.observed[name] = _site(message, message["fn"].event_dim)
     _check_priors(sites, recorded)
     return sites
@@ -134,13 +137,21 @@ def is_one(scale: Any) -> bool:
 
 
 def _check_observed(message: dict[str, Any]) -> None:
+    name, shape = message["name"], jnp.shape(message["value"])
+    expected = message["fn"].shape()
+    try:
+        jnp.broadcast_shapes(shape, expected)
+    except ValueError as error:
+        raise ValueError(
+            f"observed site {name!r} needs data of shape {expected}, got {shape}"
+        ) from error
     log_prob = message["fn"].log_prob(message["value"])
     if is_traced(log_prob):
         return
     bad = int(jnp.sum(jnp.isnan(log_prob)))
     if bad:
         raise ValueError(
-            f"observed site {message['name']!r} has a log density of NaN in {bad} of "
+            f"observed site {name!r} has a log density of NaN in {bad} of "
             f"{log_prob.size} entries: check its data and parameters for NaN, or mask missing data "
             "with numpyro.handlers.mask"
         )
