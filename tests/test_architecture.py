@@ -20,7 +20,7 @@ LADDER = (
     {"denoise", "nn"},
     {"density", "flow", "sample", "train"},
     {"io", "prior"},
-    {"guide", "problem"},
+    {"_run", "guide", "problem"},
     {"mcmc", "smc", "vi"},
     {"check", "infer", "plot", "sbi"},
     {"cli"},
@@ -43,7 +43,7 @@ DOORS = {
     "optax": {"train", "vi"},
     "safetensors": {"io", "train", "mcmc", "infer"},
     "sklearn": {"cli"},
-    "tqdm": {"train", "sample", "mcmc", "smc", "vi", "infer", "sbi", "cli"},
+    "tqdm": {"_run", "train", "sbi", "cli"},
     "xarray": {"infer", "sbi", "check", "plot"},
 }
 LAZY = {"dask", "diffrax", "matplotlib", "sklearn"}
