@@ -16,7 +16,7 @@ everything here can be differentiated and replayed.
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -119,7 +119,7 @@ class AbstractSampler(eqx.Module):
     methods.
     """
 
-    num_noises: eqx.AbstractClassVar[int]
+    num_noises: ClassVar[int] = 0
 
     def init(self, x: Event) -> Memory:
         """Memory before the first step."""
@@ -133,8 +133,6 @@ class AbstractSampler(eqx.Module):
 class Euler(AbstractSampler):
     """DDIM (Song et al., ICLR 2021): `x + (sigma_next - sigma) (x - D) / sigma`. First order."""
 
-    num_noises = 0
-
     def step(self, stage: Stage, x: Event, memory: Memory) -> tuple[Event, Memory]:
         ratio = stage.sigma_next / stage.sigma
         return ratio * x + (1 - ratio) * stage.denoise(x, stage.sigma), memory
@@ -142,8 +140,6 @@ class Euler(AbstractSampler):
 
 class Heun(AbstractSampler):
     """The trapezoidal step (Karras et al. 2022, algorithm 1). Two evaluations, second order."""
-
-    num_noises = 0
 
     def step(self, stage: Stage, x: Event, memory: Memory) -> tuple[Event, Memory]:
         denoise, sigma, sigma_next, _ = stage
@@ -165,8 +161,6 @@ class DPMSolver(AbstractSampler):
 
     An exponential step in `log sigma` with `D` extrapolated linearly from the last two levels.
     """
-
-    num_noises = 0
 
     def init(self, x: Event) -> MultistepMemory:
         # A level before the first at infinity makes the first step one of first order.
@@ -190,7 +184,7 @@ class HalfNoise(AbstractSampler):
     ICML 2024).
     """
 
-    num_noises = 2
+    num_noises: ClassVar[int] = 2
 
     def step(self, stage: Stage, x: Event, memory: Memory) -> tuple[Event, Memory]:
         denoise, sigma, sigma_next, noise = stage
@@ -211,7 +205,7 @@ class Churned(AbstractSampler):
     sigma_high: float = float("inf")
     noise_scale: float = 1.0
 
-    num_noises = 1
+    num_noises: ClassVar[int] = 1
 
     def __check_init__(self):
         if not 0 <= self.churn <= 2**0.5 - 1:
