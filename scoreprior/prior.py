@@ -235,11 +235,19 @@ def _over_batch(function: Any, flow: Flow, value: Array, *args: Any) -> Array:
     do not recompile.
     """
     shape = flow.event_shape
-    batch = jnp.shape(value)[: jnp.ndim(value) - len(shape)]
+    batch = _batch_shape(jnp.shape(value), shape)
     dtype = jnp.result_type(value, flow.moments.mean)
     events = jnp.asarray(value, dtype).reshape(-1, *shape)
     out = jax.vmap(lambda x: function(flow, x, *args))(events)
     return out.reshape(*batch, *out.shape[1:])
+
+
+def _batch_shape(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> tuple[int, ...]:
+    batch_ndim = len(shape) - len(event_shape)
+    if batch_ndim < 0 or shape[batch_ndim:] != event_shape:
+        expected = ", ".join(["...", *map(str, event_shape)])
+        raise ValueError(f"value must have shape ({expected}), got {shape}")
+    return shape[:batch_ndim]
 
 
 def _to_data(flow: Flow, u: Array) -> Array:
