@@ -17,6 +17,7 @@ from scoreprior.flow import (
     ArctanTime,
     FixedGrid,
     Flow,
+    LogRatioTime,
     LogTime,
     PowerTime,
 )
@@ -34,7 +35,7 @@ GAUSSIANS = {
 MIXTURE = GaussianMixture.diagonal(
     jnp.array([0.3, 0.5, 0.2]), 2 * jax.random.normal(KEYS[1], (3, *SHAPE)), 0.3
 )
-TIMES = [LogTime(), ArctanTime(1.5), PowerTime(7.0)]
+TIMES = [LogTime(), ArctanTime(1.5), PowerTime(7.0), LogRatioTime(0.3, 3.0)]
 X = jax.random.normal(KEYS[2], SHAPE)
 
 
