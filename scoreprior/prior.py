@@ -7,7 +7,7 @@ apply, with a `log_prob` that solves the flow once and follows its density polic
 import copy
 import functools
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -21,7 +21,7 @@ from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 
 from scoreprior._typing import Key, Scalar, Sigma
-from scoreprior.density import AbstractDensity, FlowDensity, ScoreOnly
+from scoreprior.density import AbstractDensity, FlowDensity
 from scoreprior.flow import Flow
 
 
@@ -85,7 +85,7 @@ class ScorePrior(dist.TransformedDistribution):
     `ScoreOnly()`; `validate_args`, as everywhere in NumPyro.
     """
 
-    arg_constraints = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class ScorePrior(dist.TransformedDistribution):
         return _over_batch(_score, self.flow, value, jnp.asarray(sigma))
 
     def standard_error(self, value: Float[Array, "*batch_and_event"]) -> Array:
-        """Standard error of `log_prob` from the probes of a `Hutchinson` trace, in nats [*batch]."""
+        """Standard error of `log_prob` from the probes of a `Hutchinson` trace, nats [*batch]."""
         density = self.density
         if not isinstance(density, FlowDensity):
             raise TypeError(f"standard_error needs a FlowDensity, got {density!r}")
@@ -220,8 +220,10 @@ def _partition(tree: Any) -> tuple[Any, _Static]:
 
 
 def _as_pytree(leaf: Any) -> Any:
-    """NumPy arrays become JAX arrays, and a `functools.partial`, in which NumPyro's Flax modules
-    arrive with their parameters, becomes a pytree of its arguments."""
+    """NumPy arrays become JAX arrays, and a `functools.partial` a pytree of its arguments.
+
+    NumPyro's Flax modules arrive as such a partial, holding their parameters.
+    """
     if isinstance(leaf, functools.partial):
         return jax.tree_util.Partial(leaf.func, *leaf.args, **leaf.keywords)
     return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
