@@ -167,11 +167,17 @@ def _provenance(engine: Any, draws: Draws, sampling_time: float) -> dict[str, An
         "jax_version": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "created_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "engine": eqx.tree_pformat(engine, width=10_000),
+        "engine": _describe(engine),
         "problem": repr(draws.problem),
         "sampling_time": sampling_time,
         "interrupted": int(draws.interrupted),
     }
+
+
+def _describe(engine: Any) -> str:
+    """The engine with all its settings, defaults included."""
+    settings = ", ".join(f"{name}={value!r}" for name, value in vars(engine).items())
+    return f"{type(engine).__name__}({settings})"
 
 
 def _version() -> str:

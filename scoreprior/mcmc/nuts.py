@@ -30,8 +30,8 @@ class ChainState(NamedTuple):
 class NUTS(eqx.Module):
     """The no-U-turn sampler (Hoffman & Gelman 2014), by blackjax.
 
-    Chains start at prior draws, advance in lock step under `vmap`, and share one step size and mass
-    matrix, learned in the warm-up.
+    Chains start at prior draws and advance in lock step under `vmap`. In the warm-up each learns
+    its step size, and all together learn one mass matrix.
 
     **Arguments:** `num_warmup`, `num_samples`: steps per chain; `num_chains`. `centred`: sample `x`
     with the prior's density policy, rather than its noise. `target_accept`: mean acceptance rate,
@@ -81,7 +81,7 @@ class NUTS(eqx.Module):
             store = Checkpoint(checkpoint, self._settings(problem, key, chains.logdensity))
         one = jax.tree.map(lambda leaf: leaf[0], chains.position)
         size = sum(leaf.size for leaf in jax.tree.leaves(one))
-        unit = jnp.ones((), chains.logdensity.dtype)
+        unit = jnp.ones_like(chains.logdensity)
         state = ChainState(chains, _warmup(self).init(size, unit))
         schedule = jnp.asarray(_warmup(self).schedule(self.num_samples))
 
@@ -174,7 +174,7 @@ def _step(
     kernel = blackjax.nuts.build_kernel()
     step_size, inverse_mass_matrix = state.warmup.step_size, state.warmup.inverse_mass_matrix
 
-    def one(key: Key, chain: Any) -> Any:
+    def one(key: Key, chain: Any, step_size: Array) -> Any:
         return kernel(
             key,
             chain,
@@ -184,7 +184,8 @@ def _step(
             max_num_doublings=engine.max_tree_depth,
         )
 
-    chains, info = jax.vmap(one)(jax.random.split(key, engine.num_chains), state.chains)
+    keys = jax.random.split(key, engine.num_chains)
+    chains, info = jax.vmap(one)(keys, state.chains, step_size)
     flat = jax.vmap(lambda position: ravel_pytree(position)[0])(chains.position)
     warmup = _warmup(engine).update(state.warmup, scheduled, flat, info.acceptance_rate)
     depth = info.num_trajectory_expansions
@@ -195,7 +196,7 @@ def _step(
         "lp": chains.logdensity,
         "n_steps": info.num_integration_steps,
         "reached_max_tree_depth": (depth >= engine.max_tree_depth) & ~info.is_turning,
-        "step_size": jnp.full(depth.shape, step_size),
+        "step_size": step_size,
         "tree_depth": depth,
     }
     return ChainState(chains, warmup), {"positions": chains.position, "stats": stats}
@@ -207,7 +208,6 @@ def _warmup(engine: NUTS) -> Warmup:
 
 def _describe(outputs: dict[str, dict[str, np.ndarray]]) -> str:
     stats = outputs["stats"]
-    return (
-        f"step size {stats['step_size'][-1, 0]:.2g}, {stats['n_steps'].mean():.0f} gradients per "
-        f"draw, {int(stats['diverging'].sum())} divergences"
-    )
+    step_size, num_gradients = np.median(stats["step_size"][-1]), stats["n_steps"].mean()
+    diverging = int(stats["diverging"].sum())
+    return f"step {step_size:.2g}, {num_gradients:.0f} gradients per draw, {diverging} divergences"

@@ -1,9 +1,9 @@
-"""Warm-up of Hamiltonian kernels, one step size and mass matrix for all chains.
+"""Warm-up of Hamiltonian kernels: a step size per chain, one mass matrix for all chains.
 
 Stan's schedule (fast, then slow windows that double, then fast; Stan reference manual, "HMC
-algorithm parameters") with blackjax's dual averaging and Welford estimator. Every chain feeds the
-same estimates: M chains learn a mass matrix in windows M times as informative, and chains that
-advance in lock step under `vmap` build trees of similar depth.
+algorithm parameters") with blackjax's dual averaging and Welford estimator. All chains feed one
+covariance, so the windows of M chains are M times as informative. Step sizes stay apart: where one
+chain is caught in a steep place, a shared step size would collapse for all of them.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from blackjax.adaptation.staged_adaptation import build_schedule
 from blackjax.adaptation.step_size import dual_averaging_adaptation
 from jaxtyping import Array, Float, Int
 
-from scoreprior._typing import PyTree, Scalar
+from scoreprior._typing import PyTree
 
 FAST, SLOW, FROZEN = 0, 1, 2
 
@@ -25,14 +25,14 @@ FAST, SLOW, FROZEN = 0, 1, 2
 class WarmupState(NamedTuple):
     """State of dual averaging and of the running covariance, and what the kernel uses now."""
 
-    averaging: Any
+    averaging: Any  # leaves [chain]
     covariance: Any
-    step_size: Scalar
+    step_size: Float[Array, " chains"]
     inverse_mass_matrix: Array  # [size] or [size, size]
 
 
 class Warmup(eqx.Module):
-    """Shared adaptation towards a mean acceptance rate of `target_accept`."""
+    """Adaptation towards a mean acceptance rate of `target_accept` in every chain."""
 
     num_steps: int = eqx.field(static=True)
     target_accept: float = eqx.field(static=True)
@@ -50,9 +50,9 @@ class Warmup(eqx.Module):
             schedule[self.num_steps - 1, 1] = 2
         return schedule
 
-    def init(self, size: int, step_size: Scalar) -> WarmupState:
+    def init(self, size: int, step_size: Float[Array, " chains"]) -> WarmupState:
         """Start from the unit mass matrix, for positions of `size` numbers."""
-        averaging = self._averaging()[0](step_size)
+        averaging = jax.vmap(self._averaging()[0])(step_size)
         covariance = self._covariance()[0](size)
         dtype = step_size.dtype
         state = WarmupState(averaging, covariance, step_size, covariance.inverse_mass_matrix)
@@ -72,7 +72,7 @@ class Warmup(eqx.Module):
         return jax.lax.switch(end, (lambda state: state, self._end_window, self._end_warmup), new)
 
     def _fast(self, state: WarmupState, positions: Array, acceptance: Array) -> WarmupState:
-        averaging = self._averaging()[1](state.averaging, jnp.mean(acceptance))
+        averaging = jax.vmap(self._averaging()[1])(state.averaging, acceptance)
         new = state._replace(averaging=averaging, step_size=jnp.exp(averaging.log_step_size))
         return _like(state, new)
 
@@ -88,13 +88,14 @@ class Warmup(eqx.Module):
     def _end_window(self, state: WarmupState) -> WarmupState:
         restart, _, average = self._averaging()
         covariance = self._covariance()[2](state.covariance)
-        averaging = restart(average(state.averaging))
+        averaging = jax.vmap(lambda one: restart(average(one)))(state.averaging)
         step_size = jnp.exp(averaging.log_step_size)
         new = WarmupState(averaging, covariance, step_size, covariance.inverse_mass_matrix)
         return _like(state, new)
 
     def _end_warmup(self, state: WarmupState) -> WarmupState:
-        return _like(state, state._replace(step_size=self._averaging()[2](state.averaging)))
+        step_size = jax.vmap(self._averaging()[2])(state.averaging)
+        return _like(state, state._replace(step_size=step_size))
 
     def _averaging(self) -> Any:
         return dual_averaging_adaptation(self.target_accept)
