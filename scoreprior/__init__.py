@@ -1,1 +1,58 @@
-"""Diffusion models as priors for Bayesian models."""
+"""Diffusion models as priors for Bayesian models.
+
+Six nouns, one verb each:
+
+- a **denoiser** `D(x, sigma) = E[X | X + sigma N = x]` is called (`denoise`, `nn`, `train`);
+- **moments**, a Gaussian approximation of the data, whiten (`Moments`);
+- a **flow** maps noise to data and back (`Flow`);
+- a **prior** is a NumPyro distribution that samples and has a `log_prob` (`ScorePrior`);
+- a **problem** is what a NumPyro model with such a prior asks (`Problem`);
+- an **engine** runs and answers it (`NUTS`, through `infer`).
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from scoreprior import denoise, nn, train
+from scoreprior.density import (
+    BoundDensity,
+    Exact,
+    FlowDensity,
+    Hutchinson,
+    ScoreGradient,
+    ScoreOnly,
+)
+from scoreprior.flow import Adaptive, FixedGrid, Flow
+from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
+from scoreprior.infer import infer
+from scoreprior.mcmc import NUTS
+from scoreprior.prior import ScorePrior
+from scoreprior.problem import Problem
+
+try:
+    __version__ = version("scoreprior")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0"
+
+__all__ = [
+    "NUTS",
+    "Adaptive",
+    "BoundDensity",
+    "Dense",
+    "Diagonal",
+    "Exact",
+    "FixedGrid",
+    "Flow",
+    "FlowDensity",
+    "Fourier",
+    "Hutchinson",
+    "Isotropic",
+    "Moments",
+    "Problem",
+    "ScoreGradient",
+    "ScoreOnly",
+    "ScorePrior",
+    "denoise",
+    "infer",
+    "nn",
+    "train",
+]

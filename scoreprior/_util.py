@@ -4,14 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array
 
 
 def is_traced(value: Any) -> bool:
     """Whether `value` is an abstract value inside a JAX transformation."""
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -36,13 +36,17 @@ def check_finite(name: str, value: Array) -> None:
         return
     bad = int(jnp.sum(~jnp.isfinite(value)))
     if bad:
-        raise ValueError(f"{name} must be finite, got {bad} of {value.size} entries NaN or infinite")
+        raise ValueError(
+            f"{name} must be finite, got {bad} of {value.size} entries NaN or infinite"
+        )
 
 
 def check_data(name: str, data: Array) -> None:
     """Raise `ValueError` unless `data` holds at least two finite events `[n, *event]`."""
     if data.ndim < 1 or data.shape[0] < 2:
-        raise ValueError(f"{name} must hold at least two events, shape [n, *event], got {data.shape}")
+        raise ValueError(
+            f"{name} must hold at least two events, shape [n, *event], got {data.shape}"
+        )
     check_finite(name, data)
 
 

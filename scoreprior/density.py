@@ -56,8 +56,8 @@ class Hutchinson(AbstractTrace):
     """Rademacher probes `v' J v` (Hutchinson 1989), the same ones at every point and step.
 
     The flow hands over the non-Gaussian residual only, so the Gaussian part of the trace carries no
-    noise. `seed` fixes the probes: the estimate is one deterministic function of the point, unbiased
-    for `log p` but not for `p`.
+    noise. `seed` fixes the probes: the estimate is one deterministic function of the point,
+    unbiased for `log p` but not for `p`.
     """
 
     num_probes: int = eqx.field(static=True)
@@ -120,8 +120,10 @@ class FlowDensity(AbstractDensity):
         return jnp.sum(jax.scipy.stats.norm.logpdf(u)) + log_det
 
     def standard_error(self, flow: Flow, x: Event) -> Scalar:
-        """Standard error of `log_prob` over probes, in nats; 0 when the trace is exact, infinite
-        for a single probe."""
+        """Standard error of `log_prob` over probes, in nats.
+
+        Zero when the trace is exact, infinite for a single probe.
+        """
         estimates = self.estimates(flow, x)
         if isinstance(self.trace, Exact):
             return jnp.zeros_like(estimates[0])
@@ -139,10 +141,11 @@ class BoundDensity(AbstractDensity):
         log p(x) >= log N(x; m, C + sigma_min^2 I)
                     + int E[ |n + r s_G(x_r, sigma)|^2 - |n + r s(x_r, sigma)|^2 ] dr / r,
 
-    with `r` from `sigma_min / 100` (the integrand vanishes like `r^2`) to `sigma_max`; equality holds for the exact score (Song, Durkan, Murray & Ermon 2021,
-    theorem 3, as used by Feng & Bouman 2024). The Gaussian reference makes the terminal term analytic
-    and cancels most of the variance. Times are stratified in `log r`, noises come in antithetic pairs,
-    both fixed by `seed`, so this is one deterministic, differentiable function of the point.
+    with `r` from `sigma_min / 100` (the integrand vanishes like `r^2`) to `sigma_max`; equality
+    holds for the exact score (Song, Durkan, Murray & Ermon 2021, theorem 3, as used by Feng &
+    Bouman 2024). The Gaussian reference makes the terminal term analytic and cancels most of the
+    variance. Times are stratified in `log r`, noises come in antithetic pairs, both fixed by
+    `seed`, so this is one deterministic, differentiable function of the point.
 
     **Arguments:** `num_times`, even: evaluations of the denoiser per call.
     """

@@ -10,8 +10,8 @@ of the Gaussian `N(m, R diag(lam) R')` that approximates the data. There it read
     du/dsigma = - diag(1/a) R' (D - D_G)(x, sigma) / sigma,
 
 with `D_G` the denoiser of that Gaussian: only the non-Gaussian residual is integrated, Gaussian
-data need no step at all, and `u(sigma_max) ~ N(0, I)` is right to second order in the moments. Along
-the flow the log density changes by the divergence of this field, so that
+data need no step at all, and `u(sigma_max) ~ N(0, I)` is right to second order in the moments.
+Along the flow the log density changes by the divergence of this field, so that
 
     log p(x) = log N(u(sigma_max); 0, I) - sum_i log a_i(sigma_min)
                - int_{sigma_min}^{sigma_max} tr d(D - D_G)/dx  dsigma / sigma .
@@ -87,8 +87,9 @@ class PowerTime(AbstractTime):
 
 
 class LogRatioTime(AbstractTime):
-    """`t = log((sigma + low) / (sigma + high))`: linear below `low`, logarithmic between, and
-    sparse like `1 / sigma` above `high`.
+    """`t = log((sigma + low) / (sigma + high))`.
+
+    Linear below `low`, logarithmic between, and sparse like `1 / sigma` above `high`.
 
     With the smallest and largest standard deviation of the data as `low` and `high`, steps fall
     where the flow turns: below the one, data are resolved; above the other, they are Gaussian.

@@ -103,8 +103,10 @@ class Moments(eqx.Module):
 
     @classmethod
     def fit(cls, data: Float[Array, "n *event"], structure: "AbstractStructure") -> "Moments":
-        """Fit to `data` [n, *event], with the covariance structure `Isotropic()`, `Diagonal()`,
-        `Dense()` or `Fourier(axes)`."""
+        """Fit to `data` [n, *event].
+
+        `structure` of the covariance: `Isotropic()`, `Diagonal()`, `Dense()` or `Fourier(axes)`.
+        """
         data = jnp.asarray(data)
         check_data("data", data)
         return structure.fit(data)
@@ -206,7 +208,7 @@ class Dense(AbstractStructure):
 
 
 class Fourier(AbstractStructure):
-    """Stationary and periodic along `axes` (all of them when `None`): spectra, one mean per channel.
+    """Stationary and periodic along `axes`, all of them when `None`: one mean and spectrum each.
 
     Remaining axes, such as colour channels, are taken as independent, each with its own mean and
     spectrum.
@@ -227,7 +229,7 @@ class Fourier(AbstractStructure):
 
 
 def _ledoit_wolf(centred: Array, sample: Array, target: Array) -> Array:
-    """Weight of `target` that minimises the expected Frobenius error (Ledoit & Wolf 2004, eq. 14)."""
+    """Weight of `target` with the least expected Frobenius error (Ledoit & Wolf 2004, eq. 14)."""
     n = len(centred)
     spread = jnp.sum((sample - target) ** 2)
     noise = (jnp.mean(jnp.sum(centred**2, 1) ** 2) - jnp.sum(sample**2)) / n

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stats import assert_mean
 
 from scoreprior.denoise import Gaussian, GaussianMixture
 from scoreprior.density import (
@@ -18,6 +17,7 @@ from scoreprior.density import (
 )
 from scoreprior.flow import Adaptive, ArctanTime, FixedGrid, Flow
 from scoreprior.gaussian import Moments
+from stats import assert_mean
 
 SHAPE, SIGMA = (2, 2), 0.1
 KEYS = jax.random.split(jax.random.key(5), 4)
@@ -116,7 +116,9 @@ def test_score_gradient_still_differentiates_parameters_through_the_solver():
         return jax.grad(value)(denoiser).matrix
 
     expected = gradient(FlowDensity())
-    np.testing.assert_allclose(gradient(FlowDensity(gradient=ScoreGradient(0.3))), expected, rtol=1e-10)
+    np.testing.assert_allclose(
+        gradient(FlowDensity(gradient=ScoreGradient(0.3))), expected, rtol=1e-10
+    )
     assert float(jnp.abs(expected).max()) > 0.1
 
 
@@ -152,7 +154,8 @@ def test_bound_is_tight_for_the_exact_score_and_noiseless_for_gaussian_data():
 
 def test_bound_lies_below_the_density_of_a_wrong_score():
     """A denoiser that is wrong loses `int |D - D_true|^2 / sigma^3 dsigma` on average: for Gaussian
-    data seen by a Gaussian of another variance, a closed form."""
+    data seen by a Gaussian of another variance, a closed form.
+    """
     truth, wrong = 1.0, 4.0
     law = Moments(jnp.zeros(1), jnp.full(1, truth))
     flow = Flow(

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from laws import check_exact_denoiser
-from stats import assert_cov, assert_mean
 
+from laws import check_exact_denoiser
 from scoreprior.denoise import Conditioned, Empirical, Gaussian, GaussianMixture, Rescaled, Smoothed
 from scoreprior.gaussian import Moments
+from stats import assert_cov, assert_mean
 
 KEYS = jax.random.split(jax.random.key(7), 8)
 SHAPE, SIZE, K = (2, 2), 4, 3
@@ -48,7 +48,9 @@ def test_mixture_density_equals_the_sum_of_its_components():
     sigma = 0.4
     parts = [
         jnp.log(w) + jax.scipy.stats.multivariate_normal.logpdf(X.ravel(), m.ravel(), c)
-        for w, m, c in zip(WEIGHTS, MEANS, COVARIANCES + sigma**2 * jnp.eye(SIZE)[None], strict=True)
+        for w, m, c in zip(
+            WEIGHTS, MEANS, COVARIANCES + sigma**2 * jnp.eye(SIZE)[None], strict=True
+        )
     ]
     total = jax.scipy.special.logsumexp(jnp.stack(parts))
     np.testing.assert_allclose(EXACT["full"].log_prob(X, sigma), total, rtol=1e-12)
@@ -95,9 +97,7 @@ def test_without_bandwidth_the_denoiser_returns_its_data_and_says_so():
 
 
 def test_smoothing_moves_the_denoiser_to_barycentres():
-    smoothed = Smoothed(
-        Empirical(MEANS, 0.0), SHAPE, scale=2.0, num_perturbations=64, key=KEYS[6]
-    )
+    smoothed = Smoothed(Empirical(MEANS, 0.0), SHAPE, scale=2.0, num_perturbations=64, key=KEYS[6])
     at_data = smoothed(MEANS[0], 0.05)
     perturbed = [Empirical(MEANS, 0.0)(MEANS[0] + 2.0 * p, 0.05) for p in smoothed.perturbations]
     np.testing.assert_allclose(at_data, jnp.mean(jnp.stack(perturbed), 0), rtol=1e-10)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stats import assert_mean
 
 from scoreprior.denoise import Gaussian, GaussianMixture
 from scoreprior.density import Exact, FlowDensity
@@ -22,6 +21,7 @@ from scoreprior.flow import (
     PowerTime,
 )
 from scoreprior.gaussian import HartleyBasis, Moments
+from stats import assert_mean
 
 SHAPE, SIGMA = (2, 2), 0.1
 KEYS = jax.random.split(jax.random.key(3), 4)
@@ -50,7 +50,11 @@ def log_prob(flow, x):
 @pytest.mark.parametrize("moments", GAUSSIANS.values(), ids=GAUSSIANS)
 def test_gaussian_data_are_exact_with_one_step_of_any_method(moments):
     flow = Flow(
-        Gaussian(moments), moments, sigma_min=SIGMA, sigma_max=2.0, solver=FixedGrid(1, method=EULER)
+        Gaussian(moments),
+        moments,
+        sigma_min=SIGMA,
+        sigma_max=2.0,
+        solver=FixedGrid(1, method=EULER),
     )
     u = jax.random.normal(KEYS[3], SHAPE)
     np.testing.assert_allclose(flow.to_data(u), moments.colour(u, SIGMA), rtol=1e-9)
@@ -88,7 +92,11 @@ def test_order_of_convergence(method, order, time):
     u = jax.random.normal(KEYS[3], SHAPE)
     reference = mixture_flow(FixedGrid(1500, time, RK4), sigma_max=20.0).to_data(u)
     coarse, fine = (
-        float(jnp.abs(mixture_flow(FixedGrid(n, time, method), sigma_max=20.0).to_data(u) - reference).max())
+        float(
+            jnp.abs(
+                mixture_flow(FixedGrid(n, time, method), sigma_max=20.0).to_data(u) - reference
+            ).max()
+        )
         for n in (100, 200)
     )
     assert order - 0.35 < np.log2(coarse / fine) < order + 0.6
@@ -113,7 +121,8 @@ def test_draws_follow_the_mixture():
 def test_whitening_saves_high_noise_steps():
     """High noise is the Gaussian's business ("Gaussian score approximation", Wang & Vastola 2024):
     started at twice the largest standard deviation, the whitened flow is closer to the truth than
-    one started from N(m, sigma_max^2 I) at four times it."""
+    one started from N(m, sigma_max^2 I) at four times it.
+    """
     largest = float(jnp.sqrt(MIXTURE.moments().eigenvalues.max()))
     truth = MIXTURE.log_prob(X, SIGMA)
     solver = FixedGrid(200, ArctanTime(1.5))
@@ -129,7 +138,8 @@ def test_whitening_saves_high_noise_steps():
 
 def test_error_of_a_finite_sigma_max_falls_faster_than_its_square():
     """What the terminal Gaussian leaves out is third order ("How much is enough?", Franzese et al.
-    2023): with matched first and second moments, doubling sigma_max divides it by eight or more."""
+    2023): with matched first and second moments, doubling sigma_max divides it by eight or more.
+    """
     solver = FixedGrid(400, ArctanTime(1.5))
     errors = [
         abs(float(log_prob(mixture_flow(solver, sigma_max=s), X) - MIXTURE.log_prob(X, SIGMA)))

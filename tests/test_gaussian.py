@@ -105,7 +105,10 @@ def test_fourier_moments_recover_a_known_spectrum():
     ("call", "message"),
     [
         (lambda: Moments.fit(jnp.ones((1, 3)), Dense()), r"data must hold at least two events"),
-        (lambda: Moments.fit(jnp.array([[1.0], [jnp.nan]]), Dense()), r"data must be finite, got 1"),
+        (
+            lambda: Moments.fit(jnp.array([[1.0], [jnp.nan]]), Dense()),
+            r"data must be finite, got 1",
+        ),
         (lambda: Dense(shrinkage=1.5), r"shrinkage must lie in \[0, 1\] or be None, got 1.5"),
         (lambda: Moments(jnp.zeros(3), jnp.ones(2)), r"eigenvalues must have the shape of mean"),
         (lambda: Moments.dense(jnp.zeros(3), jnp.eye(2)), r"covariance must have shape \(3, 3\)"),

@@ -1,15 +1,47 @@
 """Denoisers: exact, learned, adapted from other parameterisations, or made from one another."""
 
+from scoreprior.denoise.adapt import (
+    VE,
+    VP,
+    AbstractPrediction,
+    AbstractSchedule,
+    CleanPrediction,
+    Cosine,
+    Discrete,
+    FlowMatching,
+    NoisePrediction,
+    ScorePrediction,
+    SubVP,
+    VelocityPrediction,
+    VPrediction,
+)
 from scoreprior.denoise.base import AbstractDenoiser, Conditioned, Rescaled
+from scoreprior.denoise.calibrate import Calibrated
 from scoreprior.denoise.exact import AbstractExact, Empirical, Gaussian, GaussianMixture, Smoothed
+from scoreprior.denoise.network import Network
 
 __all__ = [
+    "VE",
+    "VP",
     "AbstractDenoiser",
     "AbstractExact",
+    "AbstractPrediction",
+    "AbstractSchedule",
+    "Calibrated",
+    "CleanPrediction",
     "Conditioned",
+    "Cosine",
+    "Discrete",
     "Empirical",
+    "FlowMatching",
     "Gaussian",
     "GaussianMixture",
+    "Network",
+    "NoisePrediction",
     "Rescaled",
+    "ScorePrediction",
     "Smoothed",
+    "SubVP",
+    "VPrediction",
+    "VelocityPrediction",
 ]

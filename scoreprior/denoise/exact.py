@@ -16,7 +16,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
 from scoreprior._typing import Context, Event, Key, Scalar, Sigma
-from scoreprior._util import check_finite
+from scoreprior._util import check_finite, is_traced
 from scoreprior.denoise.base import AbstractDenoiser
 from scoreprior.gaussian import Moments, StandardBasis
 
@@ -204,7 +204,7 @@ class Empirical(AbstractExact):
         check_finite("data", self.data)
         if self.bandwidth.ndim != 0:
             raise ValueError(f"bandwidth must be one number, got shape {self.bandwidth.shape}")
-        if not isinstance(self.bandwidth, jax.core.Tracer) and self.bandwidth < 0:
+        if not is_traced(self.bandwidth) and self.bandwidth < 0:
             raise ValueError(f"bandwidth must be non-negative, got {self.bandwidth}")
 
     def _log_kernels(self, x: Event, variance: Scalar) -> Float[Array, " n"]:
@@ -229,8 +229,10 @@ class Empirical(AbstractExact):
         return logsumexp(self._log_kernels(x, variance)) - normaliser
 
     def effective_neighbours(self, x: Event, sigma: Sigma) -> Scalar:
-        """Number of data that share the kernel weight at `x`, `1 / sum_i w_i^2`; near 1, the
-        prior repeats its data."""
+        """Number of data that share the kernel weight at `x`, `1 / sum_i w_i^2`.
+
+        Near 1, the prior repeats its data.
+        """
         weights = jax.nn.softmax(self._log_kernels(x, sigma**2 + self.bandwidth**2))
         return 1 / jnp.sum(weights**2)
 
@@ -271,7 +273,9 @@ class Smoothed(AbstractDenoiser):
         key: Key,
     ):
         if num_perturbations < 2 or num_perturbations % 2:
-            raise ValueError(f"num_perturbations must be even and positive, got {num_perturbations}")
+            raise ValueError(
+                f"num_perturbations must be even and positive, got {num_perturbations}"
+            )
         half = jax.random.normal(key, (num_perturbations // 2, *event_shape))
         self.denoiser = denoiser
         self.scale = jnp.asarray(scale)
@@ -298,18 +302,18 @@ def _condition(law: Moments, A: Array, y: Array, cov_y: Array) -> tuple[Array, A
 
 
 def _log_evidence(law: Moments, A: Array, y: Array, cov_y: Array) -> Array:
-    return jax.scipy.stats.multivariate_normal.logpdf(
-        y, A @ law.mean.ravel(), A @ law.covariance() @ A.T + cov_y
-    )
+    mean, covariance = A @ law.mean.ravel(), A @ law.covariance() @ A.T + cov_y
+    return jnp.asarray(jax.scipy.stats.multivariate_normal.logpdf(y, mean, covariance))
 
 
 def _check_mixture(weights: Array, means: Array) -> tuple[Array, Array]:
     weights, means = jnp.asarray(weights), jnp.asarray(means)
     if weights.ndim != 1 or means.ndim < 1 or len(weights) != len(means):
         raise ValueError(
-            f"weights [K] and means [K, *event] must agree in K, got {weights.shape} and {means.shape}"
+            "weights [K] and means [K, *event] must agree in K, "
+            f"got {weights.shape} and {means.shape}"
         )
-    if not isinstance(weights, jax.core.Tracer) and not (
+    if not is_traced(weights) and not (
         bool(jnp.all(weights > 0)) and abs(float(weights.sum()) - 1) < 1e-5
     ):
         raise ValueError(f"weights must be positive and sum to 1, got {weights}")
