@@ -162,9 +162,7 @@ class ScorePrior(dist.TransformedDistribution):
         if sigma is None:
             sigma = self.sigma_min if density.gradient is None else density.gradient.sigma
         through_flow = FlowDensity(density.trace)
-        distances = _over_batch(
-            _inconsistency, self.flow, value, through_flow, jnp.asarray(sigma)
-        )
+        distances = _over_batch(_inconsistency, self.flow, value, through_flow, jnp.asarray(sigma))
         median = float(jnp.median(distances))
         if not median <= warn_above:
             warnings.warn(
