@@ -101,7 +101,7 @@ def test_every_prediction_is_the_gaussian_denoiser(prediction, predict, schedule
 
 def test_predictions_are_not_interchangeable():
     schedule = VP()
-    net = lambda x_t, t, context: noise(schedule, x_t, t)  # noqa: E731
+    net = lambda x_t, t, context: noise(schedule, x_t, t)
     x = jnp.array([0.3, 4.0, -7.0])
     for wrong in (CleanPrediction, ScorePrediction, VPrediction, VelocityPrediction):
         assert jnp.max(jnp.abs(wrong(net, schedule)(x, 0.7) - EXACT(x, 0.7))) > 0.1

@@ -96,7 +96,7 @@ def test_fourier_moments_recover_a_known_spectrum():
     n = 20_000
     data = jax.vmap(law.sample)(jax.random.split(jax.random.key(2), n))
     fitted = Moments.fit(data, Fourier())
-    # Each power is a mean of n chi-squared draws: relative standard error at most sqrt(2 / n) = 1 %.
+    # Each power is a mean of n chi-squared draws: relative standard error sqrt(2 / n) = 1 %.
     assert float(jnp.abs(fitted.eigenvalues / spectrum - 1).max()) < 5 * (2 / n) ** 0.5
     assert float(jnp.ptp(fitted.mean)) == 0
 

@@ -55,7 +55,7 @@ def test_order_of_convergence(sampler, order):
 
     def end(sampler, num_steps):
         sigmas = LogGrid(0.2, 10.0)(num_steps)
-        run = lambda x: solve(MIXTURE, x, key=KEY, sigmas=sigmas, sampler=sampler)  # noqa: E731
+        run = lambda x: solve(MIXTURE, x, key=KEY, sigmas=sigmas, sampler=sampler)
         return jax.vmap(run)(starts)
 
     fine = end(Heun(), 4096)

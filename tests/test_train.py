@@ -223,7 +223,7 @@ def test_dequantised_data_are_learnt_in_data_units():
 
 def test_augmentation_reaches_training_but_not_the_held_out_loss():
     data = draws(MIXTURE, 64)
-    shifted = lambda key, x: x + 100.0  # noqa: E731
+    shifted = lambda key, x: x + 100.0
     plain = quick(mlp_denoiser(), data, held_out=data, num_steps=1, optimiser=optax.sgd(0.0))
     moved = quick(
         mlp_denoiser(), data, held_out=data, num_steps=1, optimiser=optax.sgd(0.0), augment=shifted
