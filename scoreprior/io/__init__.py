@@ -1,0 +1,105 @@
+"""Priors on disk: a folder with `config.json` and `model.safetensors`; and the bundled priors.
+
+    scoreprior.save("my_prior", prior, metadata={"data": "...", "licence": "..."})
+    prior = scoreprior.load("my_prior")
+
+A prior comes back bit for bit: its denoiser, moments, noise levels, solver and density policy.
+Files hold numbers and names of this library's own classes; no code runs when one is read. Bundled
+with the package:
+
+- `"digits"`: handwritten digits of 8x8 pixels, in grey levels. The 17 levels 0, ..., 16 of the
+  originals are dequantised, `x + U[0, 1)`, so an image lives in [0, 17).
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from scoreprior.io import codec, files
+from scoreprior.prior import ScorePrior
+
+_WEIGHTS = Path(__file__).parents[1] / "weights"
+BUNDLED = ("digits",)
+"""Names of the priors that ship with the package."""
+
+
+def save(
+    path: str | os.PathLike[str], prior: ScorePrior, *, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write `prior` to the folder `path`, replacing a prior saved there before.
+
+    **Arguments:** `metadata`, JSON kept beside the prior: its training data, licence, held-out
+    loss, whatever its user should know.
+
+    Raises `TypeError` naming the part of the prior that cannot be saved, such as a network of
+    another library, and `FileExistsError` where `path` is something else.
+    """
+    if not isinstance(prior, ScorePrior):
+        raise TypeError(f"prior must be a ScorePrior, got {type(prior).__name__}")
+    if prior.batch_shape:
+        raise ValueError(f"prior must have no batch shape, got {prior.batch_shape}")
+    parts = {"flow": prior.flow, "density": prior.density}
+    encoded = codec.encode(parts)
+    files.write(Path(path), files.Stored(*encoded, files.plain(metadata or {})))
+
+
+def load(path_or_name: str | os.PathLike[str]) -> ScorePrior:
+    """The prior saved in a folder, or bundled under a name: `load("digits")`.
+
+    A folder with the name of a bundled prior is reached as `Path(...)`. Arrays keep the precision
+    in which they were saved; where JAX cannot, because 64-bit numbers are off, it warns.
+
+    Raises `FileNotFoundError` where nothing is there, and `ValueError` for a folder that is not a
+    saved prior or was damaged, saying which file and what to do.
+    """
+    path = _find(path_or_name)
+    stored = files.read(path)
+    if warning := files.warn_if_rounded(stored.arrays):
+        warnings.warn(f"{path}: {warning}", stacklevel=2)
+    try:
+        parts = codec.decode(stored.prior, stored.arrays)
+        if parts.keys() != {"flow", "density"}:
+            raise ValueError("the section 'prior' must have the keys 'flow' and 'density'")
+        return ScorePrior(parts["flow"], parts["density"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not hold a prior that this scoreprior can build: {error}"
+        ) from error
+
+
+def load_metadata(path_or_name: str | os.PathLike[str]) -> dict[str, Any]:
+    """What was saved beside the prior: training data, licence, held-out loss."""
+    return files.read_config(_find(path_or_name))["metadata"]
+
+
+def load_images(name: str) -> Float[Array, "n row col"]:
+    """Images that neither training nor the choice of settings has seen, in data units.
+
+    For `"digits"`, 180 images [180, 8, 8] of whole grey levels from 0 to 16; to compare one with
+    the prior, add the mean of the dequantisation, 1/2.
+    """
+    if name not in BUNDLED:
+        raise ValueError(f"name must be one of {list(BUNDLED)}, got {name!r}")
+    return jnp.asarray(np.load(_WEIGHTS / name / "held_out.npy", allow_pickle=False), jnp.float32)
+
+
+def _find(path_or_name: str | os.PathLike[str]) -> Path:
+    if path_or_name in BUNDLED:
+        return _WEIGHTS / str(path_or_name)
+    path = Path(path_or_name)
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{path} {found}: give the folder of a saved prior, or the name of a bundled one, "
+            f"{list(BUNDLED)}"
+        )
+    return path
+
+
+__all__ = ["BUNDLED", "load", "load_images", "load_metadata", "save"]
