@@ -25,7 +25,6 @@ from scoreprior.flow import Adaptive, FixedGrid, Flow
 from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
-from scoreprior.io import load, load_images, load_metadata, save
 from scoreprior.mcmc import NUTS
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
