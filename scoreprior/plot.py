@@ -1,0 +1,156 @@
+"""Pictures of posteriors over images.
+
+Figures are made without `pyplot` and without a display: no global state, and nothing to close.
+Save one with `figure.savefig("posterior.png", dpi=200)`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import ArrayLike
+
+from scoreprior._util import check_count
+
+# Both take long to load: not before they are needed.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from xarray import DataTree
+else:
+    Axes = DataTree = Figure = Any
+
+SIDE, GAP, BAR, MARGIN, HEAD = 1.15, 0.1, 0.09, 0.12, 0.24
+"""Inches: width of an image, between images, of a colour bar, around the page, of a title."""
+
+
+def plot_posterior_images(
+    tree: DataTree,
+    var: str,
+    *,
+    truth: ArrayLike | None = None,
+    data: ArrayLike | None = None,
+    num_draws: int = 6,
+    cmap: str = "gray_r",
+    title: str | None = None,
+) -> Figure:
+    """Truth, data, posterior mean, standard deviation and draws of an image, on one page.
+
+    **Arguments:** `tree`, as `infer` returns it; `var`, the image [chain, draw, row, col] in its
+    `posterior`; `truth` [row, col] and `data`, an image in the units of the truth, of any size,
+    NaN where nothing was observed (hatched), each left out when `None`; `num_draws`, taken evenly
+    out of the chains laid end to end; `cmap`, matplotlib's name of a colour map for the images;
+    `title`, above everything.
+
+    All images share one colour scale. It spans all of them but the data; arrows at its ends tell
+    that noisy data go beyond. The standard deviation has its own scale, from zero.
+    """
+    draws = _draws(tree, var)
+    check_count("num_draws", num_draws, least=0)
+    if num_draws > len(draws):
+        raise ValueError(
+            f"num_draws must be at most {len(draws)}, the draws there, got {num_draws}"
+        )
+    # Midpoints of equal stretches: the same number out of each of the chains.
+    picks = draws[((np.arange(num_draws) + 0.5) * len(draws) / max(num_draws, 1)).astype(int)]
+    shown = {"Truth": truth, "Data": data, "Posterior mean": draws.mean(0)}
+    top = {name: _image(name.lower(), image) for name, image in shown.items() if image is not None}
+    below = {f"Draw {i + 1}": image for i, image in enumerate(picks)}
+    return _figure(top, draws.std(0, ddof=1), below, cmap, title)
+
+
+def _figure(
+    top: dict[str, np.ndarray],
+    sd: np.ndarray,
+    below: dict[str, np.ndarray],
+    cmap: str,
+    title: str | None,
+) -> Figure:
+    from matplotlib.figure import Figure
+
+    height = SIDE * sd.shape[0] / sd.shape[1]
+    bar_room = BAR + 0.36
+    width_top = (len(top) + 1) * (SIDE + GAP) + 2 * bar_room
+    width = 2 * MARGIN + max(width_top, len(below) * (SIDE + GAP)) - GAP
+    page = MARGIN + (height + HEAD) * (2 if below else 1) + (0.2 if title else 0)
+    figure = Figure(figsize=(width, page))
+
+    def axes(x: float, row: int, across: float = SIDE) -> Axes:
+        y = MARGIN + (height + HEAD if below and row == 0 else 0)
+        return figure.add_axes((x / width, y / page, across / width, height / page))
+
+    limits = _limits([image for name, image in (top | below).items() if name != "Data"])
+    drawn = [
+        _show(axes(MARGIN + i * (SIDE + GAP), 0), name, image, limits, cmap)
+        for i, (name, image) in enumerate(top.items())
+    ][-1]
+    x = MARGIN + len(top) * (SIDE + GAP)
+    _bar(axes(x - GAP / 2, 0, BAR), drawn, _beyond(top.get("Data"), limits))
+    x += bar_room
+    drawn = _show(axes(x, 0), "Posterior sd", sd, (0.0, float(sd.max())), "viridis")
+    _bar(axes(x + SIDE + GAP / 2, 0, BAR), drawn, "neither")
+    for i, (name, image) in enumerate(below.items()):
+        _show(axes(MARGIN + i * (SIDE + GAP), 1), name, image, limits, cmap)
+    if title:
+        figure.suptitle(title, x=MARGIN / width, y=1 - 0.08 / page, ha="left", va="top", fontsize=8)
+    return figure
+
+
+def _show(
+    ax: Axes, name: str, image: np.ndarray, limits: tuple[float, float], cmap: str
+) -> "AxesImage":
+    """Draw an image; the hatched background shows where it is NaN."""
+    ax.set_title(name, fontsize=8, pad=3)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set(linewidth=0.5, color="0.4")
+    ax.patch.set(facecolor="0.95", edgecolor="0.7", hatch="/////")
+    low, high = limits
+    return ax.imshow(
+        np.ma.masked_invalid(image),
+        cmap=cmap,
+        vmin=low,
+        vmax=high,
+        interpolation="none",
+        aspect="auto",
+    )
+
+
+def _bar(ax: Axes, drawn: "AxesImage", extend: str) -> None:
+    bar = ax.figure.colorbar(drawn, cax=ax, extend=extend)
+    bar.ax.tick_params(labelsize=7, length=2, width=0.5, pad=2)
+    bar.outline.set(linewidth=0.5, edgecolor="0.4")
+
+
+def _limits(images: list[np.ndarray]) -> tuple[float, float]:
+    low, high = min(float(i.min()) for i in images), max(float(i.max()) for i in images)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _beyond(data: np.ndarray | None, limits: tuple[float, float]) -> str:
+    """Which ends of the colour scale the data exceed, as matplotlib says it."""
+    if data is None:
+        return "neither"
+    below, above = np.nanmin(data) < limits[0], np.nanmax(data) > limits[1]
+    return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
+
+
+def _draws(tree: DataTree, var: str) -> np.ndarray:
+    """All draws of an image, [draw, row, col], chain after chain."""
+    names = sorted(map(str, tree["posterior"].data_vars))
+    if var not in names:
+        raise ValueError(f"var must name a variable of the posterior, {names}, got {var!r}")
+    draws = np.asarray(tree["posterior"][var])
+    if draws.ndim != 4:
+        raise ValueError(
+            f"var must be an image, [chain, draw, row, col], got {var!r} of shape {draws.shape}"
+        )
+    return draws.reshape(-1, *draws.shape[2:])
+
+
+def _image(name: str, image: ArrayLike) -> np.ndarray:
+    array = np.asarray(image, float)
+    if array.ndim != 2:
+        raise ValueError(f"{name} must be an image, [row, col], got shape {array.shape}")
+    return array
