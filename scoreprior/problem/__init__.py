@@ -108,16 +108,13 @@ class Problem:
 
     def trace(self, values: Values) -> dict[str, Any]:
         """NumPyro's trace of the model with its latent sites at model-space `values`."""
-        if missing := [name for name in self.latent_names if name not in values]:
-            raise ValueError(f"values must hold every latent site, {missing} missing")
-        latent = {name: values[name] for name in self.latent_names}
-        model = substitute(self._with_params(), data=latent)
+        model = substitute(self._with_params(), data=self._latent(values))
         return trace(model).get_trace(*self.args, **self.kwargs)
 
     def predict(self, key: Key, values: Values) -> dict[str, Array]:
         """Data simulated for the observed sites, given model-space `values` of the latent sites."""
-        latent = {name: values[name] for name in self.latent_names}
-        model = substitute(seed(self.model, key), data={**self.sites.params, **latent})
+        data = {**self.sites.params, **self._latent(values)}
+        model = substitute(seed(self.model, key), data=data)
         sites = trace(uncondition(model)).get_trace(*self.args, **self.kwargs)
         return {name: sites[name]["value"] for name in self.sites.observed}
 
@@ -131,7 +128,7 @@ class Problem:
         """
         site = _only("site", site, self.sites.observed)
         prior = _only("prior", prior, self.sites.priors)
-        return observe(self, {name: values[name] for name in self.latent_names}, site, prior)
+        return observe(self, self._latent(values), site, prior)
 
     def __repr__(self) -> str:
         name = getattr(self.model, "__name__", repr(self.model))
@@ -160,6 +157,11 @@ class Problem:
                 f"position must hold the sites {sorted(self.latent_names)}, got {sorted(position)}"
             )
         return {self._noise_name(name): value for name, value in position.items()}
+
+    def _latent(self, values: Values) -> dict[str, Array]:
+        if missing := [name for name in self.latent_names if name not in values]:
+            raise ValueError(f"values must hold every latent site, {missing} missing")
+        return {name: values[name] for name in self.latent_names}
 
     def _is_likelihood(self, message: dict[str, Any]) -> bool:
         # NumPyro adds the log-determinant of a bijection as an observed factor of this name.

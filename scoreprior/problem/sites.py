@@ -145,15 +145,17 @@ def _check_observed(message: dict[str, Any]) -> None:
         raise ValueError(
             f"observed site {name!r} needs data of shape {expected}, got {shape}"
         ) from error
-    log_prob = message["fn"].log_prob(message["value"])
-    if is_traced(log_prob):
-        return
-    bad = int(jnp.sum(jnp.isnan(log_prob)))
-    if bad:
+    missing = jnp.isnan(message["value"]) & peel(message["fn"])[1]
+    if not is_traced(missing) and missing.any():
         raise ValueError(
-            f"observed site {name!r} has a log density of NaN in {bad} of "
-            f"{log_prob.size} entries: check its data and parameters for NaN, or mask missing data "
-            "with numpyro.handlers.mask"
+            f"observed site {name!r} has NaN in {int(missing.sum())} of {missing.size} entries: "
+            "mask missing data with numpyro.handlers.mask"
+        )
+    log_prob = message["fn"].log_prob(message["value"])
+    if not is_traced(log_prob) and jnp.isnan(log_prob).any():
+        raise ValueError(
+            f"observed site {name!r} has a log density of NaN: check the parameters of its "
+            f"{type(peel(message['fn'])[0]).__name__} at prior draws"
         )
 
 
