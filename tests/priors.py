@@ -52,6 +52,13 @@ PRIORS = {
 }
 
 
+def stretched(prior, factor):
+    """The same prior with all of its parameters multiplied: another law, no compilation."""
+    arrays, static = eqx.partition(prior.flow, eqx.is_inexact_array)
+    flow = eqx.combine(jax.tree.map(lambda a: factor * a, arrays), static)
+    return ScorePrior(flow, prior.density)
+
+
 @eqx.filter_jit
 def _log_prob(flow, density, x):
     return density.log_prob(flow, x)
@@ -62,6 +69,16 @@ def _to_data(flow, u):
     return flow.to_data(u)
 
 
+@eqx.filter_jit
+def _gradient(flow, density, x):
+    return jax.grad(lambda x: density.log_prob(flow, x))(x)
+
+
+@eqx.filter_jit
+def _score(denoiser, x):
+    return denoiser.score(x, SCORE.gradient.sigma)
+
+
 def log_prob(prior, x):
     """The log density of one event, computed from the flow and the policy alone."""
     return _log_prob(prior.flow, prior.density, x)
@@ -70,6 +87,16 @@ def log_prob(prior, x):
 def log_probs(prior, xs):
     """`log_prob` of events `[n, *event]`, one at a time, [n]."""
     return jnp.stack([log_prob(prior, x) for x in xs])
+
+
+def gradient(prior, x):
+    """The gradient of `log_prob`."""
+    return _gradient(prior.flow, prior.density, x)
+
+
+def score(prior, x):
+    """The gradient that the policy `SCORE` puts in its place."""
+    return _score(prior.flow.denoiser, x)
 
 
 def to_data(prior, u):
