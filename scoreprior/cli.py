@@ -5,6 +5,7 @@ it and summarises the answer. Everything is in grey levels.
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 import time
@@ -22,7 +23,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
 from scoreprior import __version__
-from scoreprior.flow import FixedGrid, Flow
+from scoreprior.flow import Flow
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images
 from scoreprior.mcmc import NUTS
@@ -80,7 +81,7 @@ OBSERVATIONS = {
 def demo(arguments: argparse.Namespace) -> None:
     """Restore a held-out digit together with the noise level, and report."""
     observation = OBSERVATIONS[arguments.problem]
-    prior = _with_steps(load("digits"), NUM_STEPS)
+    prior = _coarse(load("digits"))
     key_truth, key_data, key = jax.random.split(jax.random.key(arguments.seed), 3)
     truth = _as_continuous(load_images("digits")[arguments.digit], prior.sigma_min, key_truth)
     clean = observation.forward(truth)
@@ -117,13 +118,14 @@ def summarise(tree: Any, truth: np.ndarray, noise: float) -> str:
     images = np.asarray(posterior["x"]).reshape(-1, *truth.shape)
     low, high = np.quantile(images, [0.05, 0.95], axis=0)
     covered = int(((low <= truth) & (truth <= high)).sum())
+    share = covered / truth.size
     error = math.sqrt(np.mean((images.mean(0) - truth) ** 2))
     interval = "{:.2f} to {:.2f}".format(*np.quantile(levels, [0.05, 0.95]))
     rows = {
         "noise level, true": f"{noise:.2f}",
         "noise level, inferred": f"{levels.mean():.2f} +- {levels.std(ddof=1):.2f}",
         "  its 90 % interval": interval,
-        "pixels within their 90 % interval": f"{covered} of {truth.size} ({covered / truth.size:.0%})",
+        "pixels within their 90 % interval": f"{covered} of {truth.size} ({share:.0%})",
         "error of the posterior mean (rms)": f"{error:.2f}",
         "  expected from the posterior sd": f"{math.sqrt(np.mean(images.var(0, ddof=1))):.2f}",
         "largest R-hat, pixels": f"{float(r_hat['x'].max()):.3f}",
@@ -149,9 +151,9 @@ def _timed_infer(*args: Any, **kwargs: Any) -> tuple[Any, tuple[float, float], l
     """The tree, seconds in all and seconds of compilation, and warnings as text."""
     compiling: list[float] = []
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith("/jax/core/compile/backend_compile"):
-            compiling.append(seconds)
+            compiling.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     start = time.perf_counter()
@@ -165,12 +167,12 @@ def _timed_infer(*args: Any, **kwargs: Any) -> tuple[Any, tuple[float, float], l
     return tree, seconds, [str(warning.message) for warning in caught]
 
 
-def _with_steps(prior: ScorePrior, num_steps: int) -> ScorePrior:
-    """The prior with a coarser flow, for speed."""
-    flow, solver = prior.flow, prior.flow.solver
-    coarse = FixedGrid(num_steps, solver.time, solver.method)
+def _coarse(prior: ScorePrior) -> ScorePrior:
+    """The prior with fewer solver steps, for speed."""
+    flow = prior.flow
+    solver = dataclasses.replace(flow.solver, num_steps=NUM_STEPS)
     bounds = {"sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}
-    return ScorePrior(Flow(flow.denoiser, flow.moments, **bounds, solver=coarse))
+    return ScorePrior(Flow(flow.denoiser, flow.moments, **bounds, solver=solver))
 
 
 def _as_continuous(image: Image, sigma: float, key: Array) -> Image:
