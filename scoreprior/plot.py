@@ -42,8 +42,8 @@ def plot_posterior_images(
     out of the chains laid end to end; `cmap`, matplotlib's name of a colour map for the images;
     `title`, above everything.
 
-    All images share one colour scale. It spans all of them but the data; arrows at its ends tell
-    that noisy data go beyond. The standard deviation has its own scale, from zero.
+    All images share one colour scale, from the 1st to the 99th percentile of all but the data;
+    arrows at its ends tell that some pixels go beyond. The standard deviation has its own scale.
     """
     draws = _draws(tree, var)
     check_count("num_draws", num_draws, least=0)
@@ -85,7 +85,7 @@ def _figure(
         for i, (name, image) in enumerate(top.items())
     ][-1]
     x = MARGIN + len(top) * (SIDE + GAP)
-    _bar(axes(x - GAP / 2, 0, BAR), drawn, _beyond(top.get("Data"), limits))
+    _bar(axes(x - GAP / 2, 0, BAR), drawn, _beyond([*top.values(), *below.values()], limits))
     x += bar_room
     drawn = _show(axes(x, 0), "Posterior sd", sd, (0.0, float(sd.max())), "viridis")
     _bar(axes(x + SIDE + GAP / 2, 0, BAR), drawn, "neither")
@@ -124,15 +124,15 @@ def _bar(ax: Axes, drawn: "AxesImage", extend: str) -> None:
 
 
 def _limits(images: list[np.ndarray]) -> tuple[float, float]:
-    low, high = min(float(i.min()) for i in images), max(float(i.max()) for i in images)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    """Ends of the colour scale: all but the extreme hundredths, so one pixel does not set it."""
+    low, high = np.percentile(np.concatenate([image.ravel() for image in images]), [1, 99])
+    return (float(low), float(high)) if high > low else (float(low) - 0.5, float(low) + 0.5)
 
 
-def _beyond(data: np.ndarray | None, limits: tuple[float, float]) -> str:
-    """Which ends of the colour scale the data exceed, as matplotlib says it."""
-    if data is None:
-        return "neither"
-    below, above = np.nanmin(data) < limits[0], np.nanmax(data) > limits[1]
+def _beyond(images: list[np.ndarray], limits: tuple[float, float]) -> str:
+    """Which ends of the colour scale are exceeded, as matplotlib says it."""
+    below = any(np.nanmin(image) < limits[0] for image in images)
+    above = any(np.nanmax(image) > limits[1] for image in images)
     return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
 
 
