@@ -185,7 +185,7 @@ class Checkpoint:
 
     def _read(self, file: Path) -> dict[str, np.ndarray]:
         try:
-            with np.load(file, allow_pickle=False) as stored:
+            with file.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
                 return dict(stored)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"checkpoint {file} cannot be read ({error}): {_ADVICE}") from error

@@ -6,6 +6,7 @@ sites, the image `x` and not its noise.
 """
 
 import inspect
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +40,7 @@ def infer(
     *args: Any,
     key: Key,
     progress: bool = True,
-    checkpoint: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Any] | None = None,
     num_prior: int = 0,
@@ -174,6 +175,14 @@ def _provenance(engine: Any, draws: Draws, sampling_time: float) -> dict[str, An
     }
 
 
+def _is_key(key: Any) -> bool:
+    """Whether `key` is a typed random key or, in the older style, its words."""
+    if not isinstance(key, jax.Array):
+        return False
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key.ndim == 0 if typed else key.dtype == jnp.uint32 and key.ndim == 1
+
+
 def _describe(engine: Any) -> str:
     """The engine with all its settings, defaults included."""
     settings = ", ".join(f"{name}={value!r}" for name, value in vars(engine).items())
@@ -211,7 +220,7 @@ def _check_arguments(
         raise TypeError(f"model must be a NumPyro model, a callable, got {model!r}")
     if isinstance(engine, type) or not callable(getattr(engine, "run", None)):
         raise TypeError(f"engine must be an engine such as NUTS(), got {engine!r}")
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+    if not _is_key(key):
         raise TypeError(f"key must be a random key such as jax.random.key(0), got {key!r}")
     check_count("num_prior", num_prior, least=0)
     reserved = {

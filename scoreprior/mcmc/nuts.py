@@ -1,6 +1,7 @@
 """`NUTS`: the no-U-turn sampler on a `Problem`, all chains in one compiled program."""
 
 import math
+import os
 import warnings
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ class NUTS(eqx.Module):
         key: Key,
         *,
         progress: bool = True,
-        checkpoint: str | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> Draws:
         """Draw from the posterior of `problem`.
 
