@@ -26,6 +26,7 @@ from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
 from scoreprior.mcmc import NUTS
+from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
 
@@ -58,6 +59,7 @@ __all__ = [
     "load_images",
     "load_metadata",
     "nn",
+    "plot_posterior_images",
     "save",
     "train",
 ]
