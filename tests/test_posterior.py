@@ -17,7 +17,7 @@ from scoreprior.mcmc import NUTS
 from scoreprior.prior import ScorePrior
 from stats import assert_cov_of_chains, assert_masses, assert_mean_of_chains, chain_ess
 
-pytestmark = pytest.mark.promotes_ranks
+pytestmark = [pytest.mark.promotes_ranks, pytest.mark.slow]
 
 GAUSSIAN = Gaussian(Moments.dense(jnp.array([0.5, -1.0]), jnp.array([[1.0, 0.6], [0.6, 0.8]])))
 MIXTURE = GaussianMixture.full(
