@@ -30,7 +30,7 @@ from scoreprior.mcmc import NUTS
 from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
 
-Image = Float[Array, "row col"]
+Image = Float[Array, "_row _col"]
 
 NUM_STEPS = 6
 """Solver steps. Six instead of ten move a draw by little next to the width of the posterior."""
@@ -142,7 +142,7 @@ def _engine(arguments: argparse.Namespace) -> NUTS:
         arguments.num_warmup,
         arguments.num_samples,
         arguments.num_chains,
-        target_accept=0.65,
+        target_accept=0.7,
         max_tree_depth=5,
     )
 
@@ -243,8 +243,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--noise", type=_positive, default=2.0, help="noise level, in grey levels of 0 to 16")
     add("--seed", type=_whole(0), default=0, help="seed of the data and of the chains")
     add("--output", type=_folder, default="outputs/demo", metavar="FOLDER", help="where to write")
-    add("--num-warmup", type=_whole(1), default=250, metavar="N", help="warm-up steps per chain")
-    add("--num-samples", type=_whole(4), default=250, metavar="N", help="draws per chain")
+    add("--num-warmup", type=_whole(1), default=300, metavar="N", help="warm-up steps per chain")
+    add("--num-samples", type=_whole(4), default=300, metavar="N", help="draws per chain")
     add("--num-chains", type=_whole(2), default=4, metavar="N", help="chains, side by side")
     return parser
 
