@@ -78,8 +78,11 @@ def imports(tree: ast.Module, path: Path, package: Path):
 
 
 def _at_module_level(node: ast.AST):
+    """What runs on import: neither bodies of functions nor imports for the type checker."""
     for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            yield from child.orelse
+        elif not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             yield child
             yield from _at_module_level(child)
 
