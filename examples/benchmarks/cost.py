@@ -15,8 +15,14 @@ import jax
 import jax.numpy as jnp
 from common import arguments, digits_flow, held_out_digits, median_seconds, show, write
 
-from scoreprior.density import AbstractDensity, BoundDensity, Exact, FlowDensity, Hutchinson
-from scoreprior.density import ScoreGradient
+from scoreprior.density import (
+    AbstractDensity,
+    BoundDensity,
+    Exact,
+    FlowDensity,
+    Hutchinson,
+    ScoreGradient,
+)
 from scoreprior.flow import Flow
 
 SCORE = ScoreGradient(0.5)

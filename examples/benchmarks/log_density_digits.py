@@ -15,8 +15,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import BUDGETS, arguments, digits_flow, held_out_digits, log_probs, plain_log_probs
-from common import rms, show, steps_within, with_solver, write
+from common import (
+    BUDGETS,
+    arguments,
+    digits_flow,
+    held_out_digits,
+    log_probs,
+    plain_log_probs,
+    rms,
+    show,
+    steps_within,
+    with_solver,
+    write,
+)
 
 from scoreprior.denoise import VP
 from scoreprior.density import Exact

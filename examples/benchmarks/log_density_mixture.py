@@ -13,17 +13,26 @@ import statistics
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import BUDGETS, arguments, log_probs, plain_log_probs, rms, show, steps_within
-from common import with_solver, write
+from common import (
+    BUDGETS,
+    arguments,
+    log_probs,
+    plain_log_probs,
+    rms,
+    show,
+    steps_within,
+    with_solver,
+    write,
+)
 
 from scoreprior.denoise import GaussianMixture
 from scoreprior.flow import HEUN, ArctanTime, FixedGrid, Flow, LogTime, PowerTime
 
 SIGMA_MIN = 0.05
 KINDS = {
-    "wide": dict(spread=1.0, width=0.25, floor=0.25),
-    "separate": dict(spread=1.0, width=0.1, floor=0.05),
-    "far": dict(spread=2.0, width=0.15, floor=0.05),
+    "wide": {"spread": 1.0, "width": 0.25, "floor": 0.25},
+    "separate": {"spread": 1.0, "width": 0.1, "floor": 0.05},
+    "far": {"spread": 2.0, "width": 0.15, "floor": 0.05},
 }
 
 
