@@ -21,7 +21,7 @@ from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 
 from scoreprior._typing import Key, Scalar, Sigma
-from scoreprior.density import AbstractDensity, FlowDensity
+from scoreprior.density import AbstractDensity, FlowDensity, ScoreGradient
 from scoreprior.flow import Flow
 
 
@@ -153,14 +153,14 @@ class ScorePrior(dist.TransformedDistribution):
         """Relative distance `|s(x, sigma) - grad log p(x)| / |grad log p(x)|`, [*batch].
 
         `grad log p` is taken through the flow. `sigma` defaults to the level of the prior's
-        `ScoreGradient`, or else to `sigma_min`. Warns when the median exceeds `warn_above`: a
+        `ScoreGradient`, or that of a default one. Warns when the median exceeds `warn_above`: a
         kernel that follows this score will reject often.
         """
         density = self.density
         if not isinstance(density, FlowDensity):
             raise TypeError(f"check_consistency needs a FlowDensity, got {density!r}")
         if sigma is None:
-            sigma = self.sigma_min if density.gradient is None else density.gradient.sigma
+            sigma = (density.gradient or ScoreGradient()).level(self.flow)
         through_flow = FlowDensity(density.trace)
         distances = _over_batch(_inconsistency, self.flow, value, through_flow, jnp.asarray(sigma))
         median = float(jnp.median(distances))

@@ -190,3 +190,9 @@ def test_score_only_says_what_to_do():
 def test_bad_settings_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_default_level_of_the_score_follows_the_flow():
+    by_default = jax.grad(lambda x: FlowDensity(gradient=ScoreGradient()).log_prob(FLOW, x))(X)
+    level = 1.25 * SIGMA
+    np.testing.assert_allclose(by_default, (MIXTURE(X, level) - X) / level**2, rtol=1e-10)

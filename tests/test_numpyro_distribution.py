@@ -323,7 +323,7 @@ def test_consistency_is_the_relative_distance_of_score_and_gradient(prior):
 def test_exact_score_is_consistent_on_a_fine_grid():
     """At `sigma_min`, where the score of the exact denoiser is the gradient of the density."""
     fine = build(mixture(), solver=FixedGrid(24))
-    assert float(jnp.max(fine.check_consistency(draws(PRIORS["exact"], 3)))) < 0.02
+    assert float(jnp.max(fine.check_consistency(draws(PRIORS["exact"], 3), 0.1))) < 0.02
 
 
 def test_a_tiny_data_set_is_its_own_prior():
