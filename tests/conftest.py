@@ -17,6 +17,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
 import jax  # noqa: E402  (the flag is read when JAX starts)
 import jaxtyping  # noqa: E402
 
+# ArviZ imports NumPyro and swallows errors: with warnings as errors, half of it would be left.
+import numpyro.distributions  # noqa: E402, F401
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
