@@ -94,7 +94,12 @@ def test_hessian_follows_the_policy(prior):
     of_score = jax.jit(jax.jacfwd(lambda e: score(prior, e)))(x)
     close(jax.jit(jax.hessian(scored.log_prob))(x), of_score)
     through_solver = jax.jit(jax.hessian(prior.log_prob))(x)
-    close(through_solver, jax.jit(jax.jacrev(lambda e: gradient(prior, e)))(x), 1e-7, 1e-8)
+    step = 1e-5
+    rows = [
+        (gradient(prior, x + step * e) - gradient(prior, x - step * e)) / (2 * step)
+        for e in jnp.eye(x.size).reshape(-1, *x.shape)
+    ]
+    close(through_solver, jnp.stack(rows).reshape(*x.shape, *x.shape), 1e-6, 1e-6)
     assert not np.allclose(through_solver, of_score, rtol=1e-2)
 
 
@@ -245,11 +250,9 @@ def check_precision(prior):
     assert single.transforms[0](narrow).dtype == jnp.float32
     # As any NumPyro distribution, it draws in the default precision.
     assert single.sample(KEY).dtype == dist.Normal(jnp.float32(0)).sample(KEY).dtype
-    slope = jax.jit(jax.grad(lambda x: single.log_prob(x).sum()))
-    expected = jax.jit(jax.grad(lambda x: prior.log_prob(x).sum()))(x)
-    for value in (narrow, x):
-        assert slope(value).dtype == value.dtype
-        close(slope(value), expected, 1e-4, 1e-4)
+    slope = jax.jit(jax.grad(single.log_prob))(narrow[0])
+    assert slope.dtype == jnp.float32
+    close(slope, gradient(prior, x[0]), 1e-4, 1e-4)
 
 
 def test_float32_prior_in_double_precision_mode(prior):
