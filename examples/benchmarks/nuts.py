@@ -97,7 +97,7 @@ def gradient_seconds(form: Form, y: jax.Array, repeats: int) -> float:
 def main() -> None:
     """Measure, print and write."""
     parser = arguments(__doc__, "nuts")
-    parser.add_argument("--sigma", type=float, default=0.5, help="level of the ScoreGradient")
+    parser.add_argument("--sigma", type=float, default=0.2, help="level of the ScoreGradient")
     options = parser.parse_args()
     warnings.simplefilter("ignore", UserWarning)
     truth = np.asarray(load_images("digits"))[0] + 0.5
