@@ -187,6 +187,8 @@ class Interrupting(run_module.tqdm):
     def update(self, n=1):
         self.count = getattr(self, "count", 0) + 1
         if self.count == self.num_updates:
+            # Where the shell ignores Ctrl-C, as in the background, Python would too.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             os.kill(os.getpid(), signal.SIGINT)
         return super().update(n)
 
