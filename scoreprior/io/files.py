@@ -1,8 +1,8 @@
 """A folder with `config.json` and `model.safetensors`: written whole, checked when read.
 
 `config.json` names the format and its version and holds two SHA-256 sums, one of the description of
-the prior and one of the file of arrays. So a folder that is cut short, altered or made of two
-halves is told from a good one. No file is unpickled.
+the prior and one of the file of arrays. So a prior that is cut short, altered or made of two halves
+is told from a good one; the metadata are free to be edited. No file is unpickled.
 """
 
 import hashlib
@@ -48,12 +48,9 @@ def write(path: Path, stored: Stored) -> None:
         _write_files(partial, stored)
         if not _same(read(partial).arrays, stored.arrays):
             raise OSError(f"{path} was not written faithfully: what was read back differs")
-        if path.exists():
-            path.rename(replaced)
-        partial.rename(path)
+        _put(partial, path, replaced)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read(path: Path) -> Stored:
@@ -99,6 +96,19 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config["sha256"], dict) or not isinstance(config["metadata"], dict):
         raise ValueError(f"{file} must hold objects under 'sha256' and 'metadata'; {_AGAIN}")
     return config
+
+
+def _put(new: Path, path: Path, earlier: Path) -> None:
+    """Put the folder `new` at `path`; what was there waits at `earlier`, and returns on failure."""
+    try:
+        if path.exists():
+            path.rename(earlier)
+        new.rename(path)
+    except BaseException:
+        if earlier.exists() and not path.exists():
+            earlier.rename(path)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _write_files(folder: Path, stored: Stored) -> None:
