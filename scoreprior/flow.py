@@ -20,6 +20,7 @@ Along the flow the log density changes by the divergence of this field, so that
 same solve backwards, exact up to the error of the solver.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -244,6 +245,7 @@ class Flow(eqx.Module):
             raise ValueError(f"sigma_max must exceed sigma_min = {sigma_min}, got {sigma_max}")
         if not callable(denoiser):
             raise TypeError(f"denoiser must be callable as denoiser(x, sigma), got {denoiser!r}")
+        _check_levels(denoiser, sigma_min, sigma_max)
         self.denoiser = denoiser
         self.moments = moments
         self.sigma_min = float(sigma_min)
@@ -285,9 +287,8 @@ class Flow(eqx.Module):
         def field(sigma, state):
             u, _ = state
             x = self.moments.colour(u, sigma)
-            residual = self.moments.basis.analyse(self._residual(x, sigma))
-            velocity = -residual / (self.moments.scales(sigma) * sigma)
-            return velocity, -trace(lambda x: self._residual(x, sigma), x) / sigma
+            divergence = -trace(lambda x: self._residual(x, sigma), x) / sigma
+            return self.velocity(sigma, u), divergence
 
         u = self.moments.whiten(x, self.sigma_min)
         start = jax.eval_shape(field, self.sigma_min, (u, None))[1]
@@ -329,11 +330,28 @@ def _default_solver(moments: Moments, sigma_min: float) -> FixedGrid:
     return FixedGrid(10, LogRatioTime(low, max(largest, 2 * low)))
 
 
+def _check_levels(denoiser: Any, sigma_min: float, sigma_max: float) -> None:
+    """Raise where the noise levels of a flow leave those of its denoiser, by over 1e-4."""
+    low, high = getattr(denoiser, "level_range", (0.0, math.inf))
+    if is_traced(low) or is_traced(high):
+        return
+    if sigma_min < low * (1 - 1e-4):
+        raise ValueError(
+            f"sigma_min must be at least {float(low):g}, the smallest noise level of the denoiser, "
+            f"got {sigma_min:g}"
+        )
+    if sigma_max > high * (1 + 1e-4):
+        raise ValueError(
+            f"sigma_max must be at most {float(high):g}, the largest noise level of the denoiser, "
+            f"got {sigma_max:g}"
+        )
+
+
 def _extreme_scales(moments: Moments, argument: str) -> tuple[float, float]:
     """Smallest and largest standard deviation of the moments."""
     if is_traced(moments.eigenvalues):
         raise ValueError(f"{argument} must be given when moments are traced by jax, got None")
-    variances = jnp.maximum(moments.eigenvalues, 0)
+    variances = moments.eigenvalues
     return float(jnp.sqrt(variances.min())), float(jnp.sqrt(variances.max()))
 
 

@@ -97,7 +97,9 @@ def test_without_bandwidth_the_denoiser_returns_its_data_and_says_so():
 
 
 def test_smoothing_moves_the_denoiser_to_barycentres():
-    smoothed = Smoothed(Empirical(MEANS, 0.0), SHAPE, scale=2.0, num_perturbations=64, key=KEYS[6])
+    smoothed = Smoothed.draw(
+        Empirical(MEANS, 0.0), SHAPE, scale=2.0, num_perturbations=64, key=KEYS[6]
+    )
     at_data = smoothed(MEANS[0], 0.05)
     perturbed = [Empirical(MEANS, 0.0)(MEANS[0] + 2.0 * p, 0.05) for p in smoothed.perturbations]
     np.testing.assert_allclose(at_data, jnp.mean(jnp.stack(perturbed), 0), rtol=1e-10)
@@ -105,7 +107,7 @@ def test_smoothing_moves_the_denoiser_to_barycentres():
     np.testing.assert_allclose(smoothed.perturbations.mean(0), jnp.zeros(SHAPE), atol=1e-12)
     # A linear denoiser is unchanged by antithetic smoothing.
     linear = EXACT["gaussian"]
-    same = Smoothed(linear, SHAPE, scale=2.0, num_perturbations=64, key=KEYS[6])
+    same = Smoothed.draw(linear, SHAPE, scale=2.0, num_perturbations=64, key=KEYS[6])
     np.testing.assert_allclose(same(X, 0.5), linear(X, 0.5), rtol=1e-10)
 
 
@@ -140,7 +142,9 @@ def test_conditioned_fixes_the_context_once():
         (lambda: Empirical(jnp.full((3, 2), jnp.nan), 0.1), "data must be finite"),
         (lambda: Rescaled(EXACT["full"], 0.0, -1.0), "scale must be a positive finite number"),
         (
-            lambda: Smoothed(EXACT["full"], SHAPE, scale=1.0, num_perturbations=3, key=KEYS[0]),
+            lambda: Smoothed.draw(
+                EXACT["full"], SHAPE, scale=1.0, num_perturbations=3, key=KEYS[0]
+            ),
             "num_perturbations must be even and positive, got 3",
         ),
     ],

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scoreprior.denoise import Gaussian, GaussianMixture
+from scoreprior.denoise import (
+    Conditioned,
+    Discrete,
+    Gaussian,
+    GaussianMixture,
+    NoisePrediction,
+    Rescaled,
+)
 from scoreprior.density import Exact, FlowDensity
 from scoreprior.flow import (
     EULER,
@@ -109,6 +116,14 @@ def test_adaptive_solver_reaches_its_tolerance_and_grows_with_it():
     assert tight < 1e-6 < loose
 
 
+def test_adaptive_solver_goes_both_ways():
+    flow = mixture_flow(Adaptive(1e-9, 1e-9), sigma_max=20.0)
+    u = jax.random.normal(KEYS[1], SHAPE)
+    fine = mixture_flow(FixedGrid(300, ArctanTime(1.5), RK4), sigma_max=20.0)
+    np.testing.assert_allclose(flow.to_data(u), fine.to_data(u), atol=1e-6)
+    np.testing.assert_allclose(flow.to_noise(flow.to_data(u)), u, atol=1e-6)
+
+
 def test_draws_follow_the_mixture():
     flow = mixture_flow(FixedGrid(20, ArctanTime(1.5)), sigma_max=200.0)
     noise = jax.random.normal(KEYS[0], (40_000, *SHAPE))
@@ -170,3 +185,18 @@ def test_other_bad_input_is_named(as_user):
         Adaptive(0, 1e-3)
     with pytest.raises(TypeError, match="denoiser must be callable"):
         Flow(None, DENSE, sigma_min=0.1)
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ((0.001, 10.0), "sigma_min must be at least 0.02.*of the denoiser, got 0.001"),
+        ((0.1, 1e4), "sigma_max must be at most 314.*of the denoiser, got 10000"),
+    ],
+)
+def test_levels_outside_those_of_the_denoiser_are_refused(levels, message):
+    net = NoisePrediction(lambda x, t, context: x, Discrete.ddpm())
+    denoiser = Conditioned(Rescaled(net, 0.0, 2.0), None)
+    with pytest.raises(ValueError, match=message):
+        Flow(denoiser, DENSE, sigma_min=levels[0], sigma_max=levels[1])
+    Flow(denoiser, DENSE, sigma_min=0.1, sigma_max=10.0)

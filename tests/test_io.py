@@ -17,7 +17,14 @@ from safetensors.numpy import load_file, save_file
 
 import scoreprior as sp
 from priors import PRIORS, SCORE, build, mixture, network
-from scoreprior.denoise import Calibrated, Conditioned, Gaussian, NoisePrediction, Rescaled
+from scoreprior.denoise import (
+    Calibrated,
+    Conditioned,
+    Gaussian,
+    NoisePrediction,
+    Rescaled,
+    Smoothed,
+)
 from scoreprior.denoise.adapt import VP, Discrete
 from scoreprior.flow import HEUN, AbstractTime, ArctanTime, LogRatioTime, PowerTime
 from scoreprior.nn import ResidualMLP, UNet
@@ -75,6 +82,9 @@ ROUND_TRIPS = {
     ),
     "calibrated": flow(
         Calibrated(mixture(), jnp.array([0.1, 1.0]), jnp.ones((2, 2)), 1.0), mixture().moments()
+    ),
+    "smoothed": flow(
+        Smoothed(mixture(), 0.5, jnp.array([[1.0, -2.0], [-1.0, 2.0]])), mixture().moments()
     ),
     "conditioned": flow(
         Conditioned(
@@ -348,6 +358,25 @@ def test_a_failed_write_leaves_the_earlier_prior(tmp_path, monkeypatch):
     sp.save(path, PRIORS["exact"])
     monkeypatch.setattr(sp.io.files, "write_tensors", lambda arrays: b"\x00" * 8)
     with pytest.raises(ValueError, match="cannot be read"):
+        sp.save(path, PRIORS["network"])
+    assert repr(sp.load(path)) == repr(PRIORS["exact"])
+    assert [file.name for file in tmp_path.iterdir()] == ["prior"]
+
+
+@pytest.mark.parametrize("when", [1, 2])
+@pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
+def test_a_failed_exchange_leaves_the_earlier_prior(tmp_path, monkeypatch, when, failure):
+    path, rename, calls = tmp_path / "prior", Path.rename, []
+    sp.save(path, PRIORS["exact"])
+
+    def fail(self, target):
+        calls.append(target)
+        if len(calls) == when:
+            raise failure
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(failure):
         sp.save(path, PRIORS["network"])
     assert repr(sp.load(path)) == repr(PRIORS["exact"])
     assert [file.name for file in tmp_path.iterdir()] == ["prior"]

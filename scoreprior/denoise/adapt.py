@@ -252,6 +252,10 @@ class AbstractPrediction(AbstractDenoiser):
     net: Net
     schedule: AbstractSchedule
 
+    @property
+    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
+        return self.schedule.level_range
+
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         t = self.schedule.time(sigma).astype(x.dtype)
         x_t = self.schedule.alpha(t) * x

@@ -10,6 +10,7 @@ from which follow, by Tweedie's formula (Efron 2011),
     covariance  Cov[X | x_t]  = sigma^2 dD/dx_t .
 """
 
+import math
 from abc import abstractmethod
 
 import equinox as eqx
@@ -25,6 +26,11 @@ class AbstractDenoiser(eqx.Module):
     @abstractmethod
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         """The posterior mean of the clean event, [*event] in data units."""
+
+    @property
+    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
+        """Smallest and largest `sigma` at which the denoiser is defined, in data units."""
+        return 0.0, math.inf
 
     def score(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         """`grad_x log p_sigma(x) = (D - x) / sigma^2`, for `sigma > 0`."""
@@ -50,6 +56,10 @@ class Conditioned(AbstractDenoiser):
     denoiser: AbstractDenoiser
     context: Context
 
+    @property
+    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
+        return self.denoiser.level_range
+
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         if context is not None:
             raise ValueError("context is already fixed in Conditioned; pass context=None")
@@ -73,6 +83,11 @@ class Rescaled(AbstractDenoiser):
         if jnp.ndim(self.scale) != 0:
             raise ValueError(f"scale must be one number, got shape {jnp.shape(self.scale)}")
         check_positive("scale", self.scale)
+
+    @property
+    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
+        low, high = self.denoiser.level_range
+        return low * self.scale, high * self.scale
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         inner = self.denoiser((x - self.loc) / self.scale, sigma / self.scale, context)

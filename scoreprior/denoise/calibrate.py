@@ -44,6 +44,10 @@ class Calibrated(AbstractDenoiser):
                 f"got shape {self.bias.shape}"
             )
 
+    @property
+    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
+        return self.denoiser.level_range
+
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         return self.denoiser(x, sigma, context) - self.bias_at(sigma)
 

@@ -16,7 +16,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
 from scoreprior._typing import Context, Event, Key, Scalar, Sigma
-from scoreprior._util import check_finite, is_traced
+from scoreprior._util import check_finite, check_positive, is_traced
 from scoreprior.denoise.base import AbstractDenoiser
 from scoreprior.gaussian import Moments, StandardBasis
 
@@ -256,30 +256,37 @@ class Smoothed(AbstractDenoiser):
     of training points. The perturbations `xi_m` come in fixed antithetic pairs, so their own mean,
     which the published average of scores adds, is zero.
 
-    **Arguments:** `scale` `h > 0` in data units; `num_perturbations` `M`, even; `key`.
+    **Arguments:** `scale` `h > 0` in data units; `perturbations` `xi` [M, *event], best by `draw`.
     """
 
     denoiser: AbstractDenoiser
-    scale: Scalar
-    perturbations: Float[Array, "M *event"]
+    scale: Scalar = eqx.field(converter=jnp.asarray)
+    perturbations: Float[Array, "M *event"] = eqx.field(converter=jnp.asarray)
 
-    def __init__(
-        self,
+    def __check_init__(self):
+        check_positive("scale", self.scale)
+
+    @classmethod
+    def draw(
+        cls,
         denoiser: AbstractDenoiser,
         event_shape: tuple[int, ...],
         *,
         scale: float | Scalar,
         num_perturbations: int,
         key: Key,
-    ):
+    ) -> "Smoothed":
+        """With standard-normal perturbations in antithetic pairs; `num_perturbations` is even."""
         if num_perturbations < 2 or num_perturbations % 2:
             raise ValueError(
                 f"num_perturbations must be even and positive, got {num_perturbations}"
             )
         half = jax.random.normal(key, (num_perturbations // 2, *event_shape))
-        self.denoiser = denoiser
-        self.scale = jnp.asarray(scale)
-        self.perturbations = jnp.concatenate([half, -half])
+        return cls(denoiser, scale, jnp.concatenate([half, -half]))
+
+    @property
+    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
+        return self.denoiser.level_range
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         inputs = x[None] + self.scale * self.perturbations

@@ -19,7 +19,7 @@ from scoreprior._typing import PyTree
 
 PARTS = (
     *(denoise.Calibrated, denoise.Conditioned, denoise.Network, denoise.Rescaled),
-    *(denoise.Empirical, denoise.Gaussian, denoise.GaussianMixture),
+    *(denoise.Empirical, denoise.Gaussian, denoise.GaussianMixture, denoise.Smoothed),
     *(denoise.CleanPrediction, denoise.NoisePrediction, denoise.ScorePrediction),
     *(denoise.VPrediction, denoise.VelocityPrediction),
     *(denoise.Cosine, denoise.Discrete, denoise.FlowMatching, denoise.SubVP, denoise.VE),
