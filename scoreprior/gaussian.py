@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scoreprior._typing import Event, Key, Scalar, Sigma
-from scoreprior._util import check_data, size_of
+from scoreprior._util import check_data, is_traced, size_of
 
 
 class AbstractBasis(eqx.Module):
@@ -88,10 +88,17 @@ class Moments(eqx.Module):
             raise ValueError(
                 f"eigenvalues must have the shape of mean, {shapes[0]}, got {shapes[1]}"
             )
+        if not is_traced(self.eigenvalues) and not jnp.all(self.eigenvalues >= 0):
+            raise ValueError(
+                f"eigenvalues must not be negative or NaN, got {float(jnp.min(self.eigenvalues)):g}"
+            )
 
     @classmethod
     def dense(cls, mean: Event, covariance: Float[Array, "size size"]) -> "Moments":
-        """`N(mean, covariance)`, the covariance acting on the flattened event."""
+        """`N(mean, covariance)`, the covariance acting on the flattened event.
+
+        Eigenvalues that are negative by no more than rounding are set to zero.
+        """
         mean, covariance = jnp.asarray(mean), jnp.asarray(covariance)
         if covariance.shape != (mean.size, mean.size):
             raise ValueError(
@@ -99,6 +106,15 @@ class Moments(eqx.Module):
                 f"{mean.shape}, got {covariance.shape}"
             )
         values, vectors = jnp.linalg.eigh(covariance)
+        largest, eps = jnp.max(jnp.abs(values)), jnp.finfo(values.dtype).eps
+        asymmetry = jnp.max(jnp.abs(covariance - covariance.T))
+        if not is_traced(asymmetry) and not asymmetry <= jnp.sqrt(eps) * largest:
+            raise ValueError(
+                f"covariance must be symmetric, got entries that differ by {float(asymmetry):g} "
+                "from their mirror images"
+            )
+        is_rounding = jnp.abs(values) <= 10 * mean.size * eps * largest
+        values = jnp.where(is_rounding, jnp.maximum(values, 0), values)
         return cls(mean, values.reshape(mean.shape), Eigenbasis(vectors))
 
     @classmethod

@@ -101,6 +101,13 @@ def test_fourier_moments_recover_a_known_spectrum():
     assert float(jnp.ptp(fitted.mean)) == 0
 
 
+def test_singular_covariances_keep_their_rank():
+    factor = jax.random.normal(jax.random.key(0), (30, 3))
+    law = Moments.dense(jnp.zeros(30), factor @ factor.T)
+    assert float(law.eigenvalues.min()) == 0
+    np.testing.assert_allclose(law.covariance(), factor @ factor.T, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -111,6 +118,12 @@ def test_fourier_moments_recover_a_known_spectrum():
         ),
         (lambda: Dense(shrinkage=1.5), r"shrinkage must lie in \[0, 1\] or be None, got 1.5"),
         (lambda: Moments(jnp.zeros(3), jnp.ones(2)), r"eigenvalues must have the shape of mean"),
+        (lambda: Moments(jnp.zeros(2), jnp.array([1.0, -2.0])), r"must not be negative.*got -2"),
+        (lambda: Moments.dense(jnp.zeros(2), -0.1 * jnp.eye(2)), r"must not be negative.*got -0.1"),
+        (
+            lambda: Moments.dense(jnp.zeros(2), jnp.array([[1.0, 0.5], [0.2, 1.0]])),
+            r"covariance must be symmetric, got entries that differ by 0.3",
+        ),
         (lambda: Moments.dense(jnp.zeros(3), jnp.eye(2)), r"covariance must have shape \(3, 3\)"),
     ],
 )
