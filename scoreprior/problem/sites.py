@@ -57,7 +57,7 @@ def find_sites(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             case "param" | "mutable":
                 sites.params[name] = message["value"]
             case "deterministic":
-                sites.deterministic[name] = _site(message, 0)
+                sites.deterministic[name] = _computed(message)
             case "sample" if not message["is_observed"]:
                 kind = sites.priors if is_prior(message["fn"]) else sites.latents
                 kind[name] = _site(message, message["fn"].event_dim)
@@ -139,12 +139,8 @@ def is_one(scale: Any) -> bool:
 def _check_observed(message: dict[str, Any]) -> None:
     name, shape = message["name"], jnp.shape(message["value"])
     expected = message["fn"].shape()
-    try:
-        jnp.broadcast_shapes(shape, expected)
-    except ValueError as error:
-        raise ValueError(
-            f"observed site {name!r} needs data of shape {expected}, got {shape}"
-        ) from error
+    if not _broadcasts_one_way(shape, expected):
+        raise ValueError(f"observed site {name!r} needs data of shape {expected}, got {shape}")
     missing = jnp.isnan(message["value"]) & peel(message["fn"])[1]
     if not is_traced(missing) and missing.any():
         raise ValueError(
@@ -157,6 +153,14 @@ def _check_observed(message: dict[str, Any]) -> None:
             f"observed site {name!r} has a log density of NaN: check the parameters of its "
             f"{type(peel(message['fn'])[0]).__name__} at prior draws"
         )
+
+
+def _broadcasts_one_way(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether one shape broadcasts to the other; (3, 1) and (3,) would score every pair."""
+    try:
+        return jnp.broadcast_shapes(shape, expected) in (shape, expected)
+    except ValueError:
+        return False
 
 
 def _check_priors(sites: Sites, recorded: dict[str, Any]) -> None:
@@ -174,6 +178,15 @@ def _check_priors(sites: Sites, recorded: dict[str, Any]) -> None:
                 f"site {name + '_base'!r} has the name that the noise of prior site {name!r} "
                 "takes: rename it"
             )
+
+
+def _computed(message: dict[str, Any]) -> Site:
+    """A deterministic site: its leading axes are those of the plates, if they have their sizes."""
+    shape = jnp.shape(message["value"])
+    depth = max((-frame.dim for frame in message["cond_indep_stack"]), default=0)
+    site = _site(message, max(len(shape) - depth, 0))
+    complete = all(frame.name in site.plates for frame in message["cond_indep_stack"])
+    return site if complete else site._replace(plates=(None,) * len(shape))
 
 
 def _site(message: dict[str, Any], event_dim: int) -> Site:
