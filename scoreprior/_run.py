@@ -195,7 +195,7 @@ _ADVICE = "pass another path, or delete it to start afresh"
 
 
 def fingerprint(tree: Any) -> str:
-    """SHA-256 of the arrays and plain values among the leaves of `tree`, and of its structure."""
+    """SHA-256 of the arrays and plain values among the leaves of `tree`, and of their paths."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):
         digest.update(jax.tree_util.keystr(path).encode())

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from scoreprior._run import Checkpoint, Draws, Loop, fingerprint, join, key_words, run_chunks
 from scoreprior._typing import Key
-from scoreprior._util import check_count
+from scoreprior._util import check_count, check_positive
 from scoreprior.mcmc.start import start_chains
 from scoreprior.mcmc.warmup import Warmup, WarmupState
 from scoreprior.problem import Problem
@@ -37,8 +37,9 @@ class NUTS(eqx.Module):
     **Arguments:** `num_warmup`, `num_samples`: steps per chain; `num_chains`. `centred`: sample `x`
     with the prior's density policy, rather than its noise. `target_accept`: mean acceptance rate,
     between 0 and 1. `max_tree_depth`: at most `2^depth - 1` gradients per draw. `dense_mass`: learn
-    a full mass matrix. `chunk_size`: steps between two updates of the progress bar and of the
-    checkpoint; it does not change the draws.
+    a full mass matrix. `step_size`: the first one; without a warm-up the only one, beside a unit
+    mass matrix. `chunk_size`: steps between two updates of the progress bar and of the checkpoint;
+    it does not change the draws.
     """
 
     num_warmup: int = eqx.field(static=True, default=500)
@@ -48,6 +49,7 @@ class NUTS(eqx.Module):
     target_accept: float = eqx.field(static=True, default=0.8, kw_only=True)
     max_tree_depth: int = eqx.field(static=True, default=10, kw_only=True)
     dense_mass: bool = eqx.field(static=True, default=False, kw_only=True)
+    step_size: float = eqx.field(static=True, default=1.0, kw_only=True)
     chunk_size: int = eqx.field(static=True, default=25, kw_only=True)
 
     def __check_init__(self):
@@ -55,6 +57,7 @@ class NUTS(eqx.Module):
         check_count("num_samples", self.num_samples)
         check_count("num_chains", self.num_chains)
         check_count("max_tree_depth", self.max_tree_depth)
+        check_positive("step_size", self.step_size)
         check_count("chunk_size", self.chunk_size)
         if not 0 < self.target_accept < 1:
             raise ValueError(f"target_accept must be between 0 and 1, got {self.target_accept}")
@@ -79,11 +82,11 @@ class NUTS(eqx.Module):
         chains = start_chains(problem, blackjax.nuts.init, key_start, self.num_chains)
         store = None
         if checkpoint is not None:
-            store = Checkpoint(checkpoint, self._settings(problem, key, chains.logdensity))
+            store = Checkpoint(checkpoint, self._settings(problem, key, chains))
         one = jax.tree.map(lambda leaf: leaf[0], chains.position)
         size = sum(leaf.size for leaf in jax.tree.leaves(one))
-        unit = jnp.ones_like(chains.logdensity)
-        state = ChainState(chains, _warmup(self).init(size, unit))
+        first = jnp.full_like(chains.logdensity, self.step_size)
+        state = ChainState(chains, _warmup(self).init(size, first))
         schedule = jnp.asarray(_warmup(self).schedule(self.num_samples))
 
         def advance(state: ChainState, start: int, count: int) -> Any:
@@ -104,7 +107,7 @@ class NUTS(eqx.Module):
         self._warn(draws)
         return draws
 
-    def _settings(self, problem: Problem, key: Key, log_density: Array) -> dict[str, Any]:
+    def _settings(self, problem: Problem, key: Key, start: Any) -> dict[str, Any]:
         """What identifies a run, `chunk_size` apart: it does not change the draws."""
         engine = {name: value for name, value in vars(self).items() if name != "chunk_size"}
         return {
@@ -112,7 +115,8 @@ class NUTS(eqx.Module):
             **engine,
             "key": key_words(key),
             "data": fingerprint((problem.args, problem.kwargs, problem.sites.params)),
-            "log_density_at_start": [float(value) for value in log_density],
+            "log_density_at_start": [float(value) for value in start.logdensity],
+            "gradient_at_start": fingerprint(start.logdensity_grad),
         }
 
     def _warn(self, draws: Draws) -> None:
