@@ -211,17 +211,18 @@ def _positive(text: str) -> float:
     return number
 
 
-def _folder(text: str) -> Path:
-    path = Path(text)
+def _make_folder(path: Path) -> str | None:
+    """Make the folder `path`, and say what is wrong where that, or writing to it, fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()
         (path / ".writable").unlink()
     except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"must be a folder that can be written to, got {text!r} ({error.strerror})"
-        ) from error
-    return path
+        return (
+            f"argument --output: must be a folder that can be written to, got {str(path)!r} "
+            f"({error.strerror})"
+        )
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -242,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--problem", choices=OBSERVATIONS, default="restore", help=_describe_problems())
     add("--noise", type=_positive, default=2.0, help="noise level, in grey levels of 0 to 16")
     add("--seed", type=_whole(0), default=0, help="seed of the data and of the chains")
-    add("--output", type=_folder, default="outputs/demo", metavar="FOLDER", help="where to write")
+    add("--output", type=Path, default="outputs/demo", metavar="FOLDER", help="where to write")
     add("--num-warmup", type=_whole(1), default=300, metavar="N", help="warm-up steps per chain")
     add("--num-samples", type=_whole(4), default=300, metavar="N", help="draws per chain")
     add("--num-chains", type=_whole(2), default=4, metavar="N", help="chains, side by side")
@@ -255,7 +256,10 @@ def _describe_problems() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; bad arguments leave with exit code 2 and one line on stderr."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    if wrong := _make_folder(parsed.output):
+        parser.error(wrong)
     try:
         parsed.run(parsed)
     except KeyboardInterrupt as interrupt:
