@@ -25,7 +25,7 @@ from scoreprior.density import (
 )
 from scoreprior.flow import Flow
 
-SCORE = ScoreGradient(0.2)
+SCORE = ScoreGradient()
 POLICIES: dict[str, AbstractDensity] = {
     "centred, FlowDensity(Exact())": FlowDensity(),
     "centred, FlowDensity(Hutchinson(4))": FlowDensity(Hutchinson(4)),

@@ -9,9 +9,9 @@ worst pixel. Time is that of the draws alone, without compilation and warm-up: g
 chains advancing in lock step, times the median time of one compiled gradient of all chains,
 measured by turns for all forms before every run.
 
-The centred forms are so slow that they get few draws, in trees of at most 31 gradients; a short
-chain that has not mixed *over*-estimates its effective sample size, so the ratios are low rather
-than high. CPU, about half an hour.
+The centred forms are so slow that they get one chain, in trees of at most 31 gradients; a chain that
+has not mixed *over*-estimates its effective sample size, so the ratios are low rather than high.
+CPU, about an hour.
 """
 
 import statistics
@@ -50,8 +50,8 @@ def forms(quick: bool, sigma: float, y: jax.Array) -> dict[str, Form]:
     flow = digits_flow(jnp.float32)
     exact = Problem.from_model(_model, ScorePrior(flow), y=y)
     score = ScorePrior(flow, FlowDensity(gradient=ScoreGradient(sigma)))
-    free = NUTS(*((50, 50, 4) if quick else (250, 250, 4)))
-    few = (10, 10, 1) if quick else (40, 40, 1)
+    free = NUTS(*((50, 50, 4) if quick else (200, 150, 4)))
+    few = (10, 10, 1) if quick else (150, 250, 1)
     centred = NUTS(*few, centred=True, max_tree_depth=5)
     return {
         "non-centred": Form(free, exact),
