@@ -2,7 +2,8 @@
 
 Six nouns, one verb each:
 
-- a **denoiser** `D(x, sigma) = E[X | X + sigma N = x]` is called (`denoise`, `nn`, `train`);
+- a **denoiser** `D(x, sigma) = E[X | X + sigma N = x]` is called (`denoise`, `nn`, `train`,
+  `sample`);
 - **moments**, a Gaussian approximation of the data, whiten (`Moments`);
 - a **flow** maps noise to data and back (`Flow`);
 - a **prior** is a NumPyro distribution that samples and has a `log_prob` (`ScorePrior`);
@@ -12,7 +13,7 @@ Six nouns, one verb each:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreprior import denoise, nn, train
+from scoreprior import denoise, nn, sample, train
 from scoreprior.density import (
     BoundDensity,
     Exact,
@@ -60,6 +61,7 @@ __all__ = [
     "load_metadata",
     "nn",
     "plot_posterior_images",
+    "sample",
     "save",
     "train",
 ]

@@ -323,6 +323,20 @@ def test_consistency_is_the_relative_distance_of_score_and_gradient(prior):
         scored.check_consistency(x, warn_above=float(expected.min()) / 2)
 
 
+def test_consistency_is_measured_at_the_level_of_a_default_score_gradient(prior):
+    x = draws(prior, 2)
+    default = prior.check_consistency(x, warn_above=jnp.inf)
+    close(default, prior.check_consistency(x, 1.25 * prior.sigma_min, warn_above=jnp.inf))
+
+
+def test_standard_errors_are_those_of_the_policy(prior):
+    policy, x = FlowDensity(Hutchinson(3)), draws(prior, 2)
+    expected = [policy.standard_error(prior.flow, e) for e in x]
+    close(prior.with_density(policy).standard_error(x), expected)
+    with pytest.raises(TypeError, match=r"standard_error needs a FlowDensity, got ScoreOnly"):
+        prior.with_density(ScoreOnly()).standard_error(x)
+
+
 def test_exact_score_is_consistent_on_a_fine_grid():
     """At `sigma_min`, where the score of the exact denoiser is the gradient of the density."""
     fine = build(mixture(), solver=FixedGrid(24))
