@@ -39,17 +39,22 @@ def empirical():
     return Empirical(0.8 * jax.random.normal(jax.random.key(5), (12, 2, 2)), 0.4)
 
 
-def build(denoiser, density=None, solver=COARSE):
+def flow_of(denoiser, solver):
     moments = denoiser.moments if isinstance(denoiser, Network) else denoiser.moments()
-    flow = Flow(denoiser, moments, sigma_min=0.1, sigma_max=10.0, solver=solver)
-    return ScorePrior(flow, density)
+    return Flow(denoiser, moments, sigma_min=0.1, sigma_max=10.0, solver=solver)
 
 
-PRIORS = {
-    "exact": build(mixture()),
-    "network": build(network()),
-    "empirical": build(empirical()),
-}
+def build(denoiser, density=None, solver=COARSE):
+    return ScorePrior(flow_of(denoiser, solver), density)
+
+
+@eqx.filter_jit
+def _flows():
+    kinds = {"exact": mixture, "network": network, "empirical": empirical}
+    return {name: flow_of(kind(), COARSE) for name, kind in kinds.items()}
+
+
+PRIORS = {name: ScorePrior(flow) for name, flow in _flows().items()}
 
 
 def stretched(prior, factor):

@@ -9,9 +9,9 @@ worst pixel. Time is that of the draws alone, without compilation and warm-up: g
 chains advancing in lock step, times the median time of one compiled gradient of all chains,
 measured by turns for all forms before every run.
 
-The centred forms are so slow that they get one chain, in trees of at most 31 gradients; a chain that
-has not mixed *over*-estimates its effective sample size, so the ratios are low rather than high.
-CPU, about an hour.
+The centred forms are so slow that they get one chain, in trees of at most 31 gradients. A chain
+that has not mixed *over*-estimates its effective sample size, so the ratios are low rather than
+high. CPU, about an hour.
 """
 
 import statistics
