@@ -2,7 +2,7 @@
 
     python examples/benchmarks/nuts.py [--quick]
 
-The upper half of a held-out digit is seen with noise of one grey level, the lower half is hidden.
+The upper half of a held-out digit is seen with noise of some grey levels, the lower half is hidden.
 One engine, `NUTS`, non-centred, centred with the exact flow density and its gradient, and centred
 with the score as gradient; medians of several runs. The bulk effective sample size is that of the
 worst pixel. Time is that of the draws alone, without compilation and warm-up: gradients taken,
@@ -30,8 +30,6 @@ from common import arguments, digits_flow, median_seconds, show, write
 from scoreprior import NUTS, FlowDensity, Problem, ScoreGradient, ScorePrior
 from scoreprior.io import load_images
 
-NOISE = 1.0
-
 
 class Form(NamedTuple):
     """A way to run the engine."""
@@ -40,15 +38,18 @@ class Form(NamedTuple):
     problem: Problem
 
 
-def _model(prior: ScorePrior, y: jax.Array | None = None) -> None:
+def _model(prior: ScorePrior, noise: float, y: jax.Array | None = None) -> None:
     x = numpyro.sample("x", prior)
-    numpyro.sample("y", dist.Normal(x[:4], NOISE).to_event(2), obs=y)
+    numpyro.sample("y", dist.Normal(x[:4], noise).to_event(2), obs=y)
 
 
-def forms(quick: bool, sigma: float, y: jax.Array) -> dict[str, Form]:
+def forms(quick: bool, sigma: float, noise: float) -> dict[str, Form]:
     """The forms compared."""
     flow = digits_flow(jnp.float32)
-    exact = Problem.from_model(_model, ScorePrior(flow), y=y)
+    truth = np.asarray(load_images("digits"))[0] + 0.5
+    seen = truth[:4] + noise * np.random.default_rng(0).standard_normal((4, 8))
+    y = jnp.asarray(seen, jnp.float32)
+    exact = Problem.from_model(_model, ScorePrior(flow), noise, y=y)
     score = ScorePrior(flow, FlowDensity(gradient=ScoreGradient(sigma)))
     free = NUTS(*((50, 50, 4) if quick else (200, 150, 4)))
     few = (10, 10, 1) if quick else (150, 250, 1)
@@ -57,7 +58,7 @@ def forms(quick: bool, sigma: float, y: jax.Array) -> dict[str, Form]:
         "non-centred": Form(free, exact),
         "centred, exact density and gradient": Form(centred, exact.centred()),
         f"centred, ScoreGradient({sigma:g})": Form(
-            centred, Problem.from_model(_model, score, y=y).centred()
+            centred, Problem.from_model(_model, score, noise, y=y).centred()
         ),
     }
 
@@ -98,12 +99,11 @@ def main() -> None:
     """Measure, print and write."""
     parser = arguments(__doc__, "nuts")
     parser.add_argument("--sigma", type=float, default=0.25, help="level of the ScoreGradient")
+    parser.add_argument("--noise", type=float, default=1.0, help="noise level, grey levels")
     parser.add_argument("--runs", type=int, default=3, help="runs of every form")
     options = parser.parse_args()
     warnings.simplefilter("ignore", UserWarning)
-    truth = np.asarray(load_images("digits"))[0] + 0.5
-    y = truth[:4] + NOISE * np.random.default_rng(0).standard_normal((4, 8))
-    every = forms(options.quick, options.sigma, jnp.asarray(y, jnp.float32))
+    every = forms(options.quick, options.sigma, options.noise)
     calls = gradients(every)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in every}
     for index in range(options.runs):
