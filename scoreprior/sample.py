@@ -210,13 +210,20 @@ class Churned(AbstractSampler):
     def __check_init__(self):
         if not 0 <= self.churn <= 2**0.5 - 1:
             raise ValueError(f"churn must lie in [0, sqrt(2) - 1], got {self.churn}")
+        if not 0 <= self.sigma_low < self.sigma_high:
+            raise ValueError(
+                "sigma_low must be non-negative and below sigma_high, got "
+                f"{self.sigma_low} and {self.sigma_high}"
+            )
         check_positive("noise_scale", self.noise_scale)
 
     def step(self, stage: Stage, x: Event, memory: Memory) -> tuple[Event, Memory]:
         sigma, noise = stage.sigma, stage.noise
         active = (sigma >= self.sigma_low) & (sigma <= self.sigma_high)
-        raised = sigma * (1 + jnp.where(active, self.churn, 0.0))
-        added = jnp.sqrt(raised**2 - sigma**2) * self.noise_scale
+        churn = jnp.where(active, self.churn, 0.0)
+        raised = sigma * (1 + churn)
+        # sqrt(raised^2 - sigma^2), where rounding could leave the root of a negative number.
+        added = sigma * jnp.sqrt(churn * (2 + churn)) * self.noise_scale
         return Heun().step(stage._replace(sigma=raised), x + added * noise[0], memory)
 
 

@@ -1,5 +1,7 @@
 """Samplers: order of convergence, second-order variance, laws."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ from scoreprior.sample import (
     sample,
     solve,
 )
+from stats import assert_cov
 
 KEY = jax.random.key(0)
 MIXTURE = GaussianMixture.diagonal(
@@ -96,6 +99,95 @@ def test_variance_error_on_a_gaussian(make, order):
     np.testing.assert_allclose(measured, order, atol=0.15)
 
 
+NARROW = Churned(0.3, sigma_low=0.4, sigma_high=2.0, noise_scale=1.4)
+
+
+def heun_factor(sigma, sigma_next, variance):
+    """What Heun's step multiplies `x` by on `N(0, variance)` data, where the slope is `r x`."""
+    r, r_next = (s / (variance + s**2) for s in (sigma, sigma_next))
+    step = sigma_next - sigma
+    return 1 + step * (r + r_next * (1 + step * r)) / 2
+
+
+def churned_variance(sampler, sigmas, variance):
+    """Variance at the end on `N(0, variance)` data, in closed form."""
+    spread = variance + sigmas[0] ** 2
+    for sigma, sigma_next in pairwise(sigmas):
+        active = sampler.sigma_low <= sigma <= sampler.sigma_high
+        raised = sigma * (1 + sampler.churn) if active else sigma
+        spread += sampler.noise_scale**2 * (raised**2 - sigma**2)
+        spread *= heun_factor(raised, sigma_next, variance) ** 2
+    return spread
+
+
+def test_churn_adds_noise_of_its_scale_between_its_levels():
+    data, sigmas = Gaussian(Moments(jnp.zeros(1), jnp.full(1, 1.3))), LogGrid(0.1, 5.0)(12)
+    expected = churned_variance(NARROW, np.asarray(sigmas), 1.3)
+    plain = churned_variance(Churned(0.3, 0.4, 2.0), np.asarray(sigmas), 1.3)
+    assert expected > 1.2 * plain
+    draws = sample(data, data.moments(), 40_000, key=KEY, sigmas=sigmas, sampler=NARROW)
+    assert_cov(draws, [[expected]])
+
+
+def test_churn_outside_its_levels_is_heun_bit_for_bit():
+    x, sigmas = jnp.array([3.0, 1.0]), LogGrid(0.2, 10.0)(20)
+    run = lambda sampler: solve(MIXTURE, x, key=KEY, sigmas=sigmas, sampler=sampler)
+    heun = run(Heun())
+    assert jnp.array_equal(run(Churned(0.3, sigma_low=10.1, noise_scale=1.4)), heun)
+    assert jnp.array_equal(run(Churned(0.3, sigma_high=0.19, noise_scale=1.4)), heun)
+    assert not jnp.array_equal(run(Churned(0.3)), heun)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "active"), [(0.39, False), (0.4, True), (1.0, True), (2.0, True), (2.01, False)]
+)
+def test_a_churned_step_is_heun_from_the_raised_level(sigma, active):
+    x, noise = jnp.array([0.3, -1.2]), jnp.array([[1.0, -0.5]])
+    stage = Stage(lambda x, s: MIXTURE(x, s), jnp.asarray(sigma), jnp.asarray(0.1), noise)
+    raised = 1.3 * sigma if active else sigma
+    start = x + 1.4 * np.sqrt(raised**2 - sigma**2) * noise[0]
+    expected, _ = Heun().step(stage._replace(sigma=jnp.asarray(raised)), start, ())
+    np.testing.assert_allclose(NARROW.step(stage, x, ())[0], expected, rtol=1e-12)
+
+
+def test_order_of_convergence_under_churn():
+    """Second order to the path with the same noise and the flow solved exactly, on a Gaussian."""
+    data = Gaussian(Moments(jnp.zeros(1), jnp.full(1, 1.3)))
+
+    def error(num_steps):
+        sampler, sigmas = Churned(8 / num_steps, noise_scale=1.2), LogGrid(0.1, 5.0)(num_steps)
+
+        def step(both, level):
+            sigma, sigma_next, noise = level
+            x, _ = sampler.step(Stage(data, sigma, sigma_next, noise), both[0], ())
+            raised = sigma * (1 + sampler.churn)
+            y = both[1] + 1.2 * jnp.sqrt(raised**2 - sigma**2) * noise[0]
+            return (x, y * jnp.sqrt((1.3 + sigma_next**2) / (1.3 + raised**2))), None
+
+        def gap(key):
+            start, key = jax.random.split(key)
+            x, noise = 5 * jax.random.normal(start, (1,)), jax.random.normal(key, (num_steps, 1, 1))
+            (x, y), _ = jax.lax.scan(step, (x, x), (sigmas[:-1], sigmas[1:], noise))
+            return x - y
+
+        return jnp.sqrt(jnp.mean(jax.vmap(gap)(jax.random.split(KEY, 512)) ** 2))
+
+    assert np.log2(error(300) / error(600)) == pytest.approx(2, abs=0.15)
+
+
+def test_inactive_churn_has_the_gradient_of_heun():
+    """Also by the levels, where the root of a difference that is zero would give NaN."""
+    data = Gaussian(Moments(jnp.zeros(1), jnp.full(1, 1.3)))
+
+    def end(sigmas, sampler):
+        return solve(data, jnp.ones(1), key=KEY, sigmas=sigmas, sampler=sampler)[0]
+
+    sigmas = LogGrid(0.2, 10.0)(8)
+    slopes = [jax.grad(end)(sigmas, s) for s in (Churned(0.3, sigma_low=10.1), Heun())]
+    assert jnp.max(jnp.abs(slopes[1])) > 1e-3
+    np.testing.assert_allclose(*slopes, rtol=1e-12, atol=1e-14)
+
+
 SAMPLERS = [Euler(), Heun(), DPMSolver(), HalfNoise(), Churned(0.1)]
 
 
@@ -149,6 +241,9 @@ def test_denoise_last_returns_posterior_means():
         (lambda: LogGrid(-0.1, 1.0), "sigma_min must be a positive finite number, got -0.1"),
         (lambda: EDMGrid(2.0, 1.0), "sigma_min must be below sigma_max, got 2.0 and 1.0"),
         (lambda: LogGrid(0.1, 1.0)(0), "num_steps must be at least 1, got 0"),
+        (lambda: Churned(0.1, 2.0, 1.0), "and below sigma_high, got 2.0 and 1.0"),
+        (lambda: Churned(0.1, -1.0), "sigma_low must be non-negative .* got -1.0 and inf"),
+        (lambda: Churned(0.1, noise_scale=0.0), "noise_scale must be a positive .* got 0.0"),
         (lambda: Churned(0.6), r"churn must lie in \[0, sqrt\(2\) - 1\], got 0.6"),
         (
             lambda: solve(MIXTURE, jnp.zeros(2), key=KEY, sigmas=jnp.ones(1), sampler=Euler()),

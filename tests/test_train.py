@@ -1,24 +1,13 @@
-"""Training: parts of the loss against closed forms, what `fit` learns, exact resumption, errors."""
+"""Training: parts of the loss against closed forms, what `fit` learns, errors."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from safetensors import safe_open
-from safetensors.numpy import load_file
 
-from scoreprior import nn
-from scoreprior.denoise import AbstractDenoiser, Gaussian, GaussianMixture, Rescaled
+from scoreprior.denoise import AbstractDenoiser, Gaussian, Rescaled
 from scoreprior.denoise.network import Network
 from scoreprior.gaussian import Moments
 from scoreprior.train import (
@@ -30,20 +19,13 @@ from scoreprior.train import (
     LogUniform,
     Residual,
     TargetScore,
+    adamw,
     fit,
 )
+from training import KEY, LOSS, MIXTURE, MIXTURE_MOMENTS, Shift, draws, mlp_denoiser, quick
 
-KEY = jax.random.key(0)
 VARIANCE = jnp.array([0.5, 2.0])
 GAUSSIAN = Gaussian(Moments(jnp.array([1.0, -1.0]), VARIANCE))
-MIXTURE = GaussianMixture.diagonal(
-    jnp.array([0.4, 0.6]), jnp.array([[-2.0, 1.0], [1.5, -1.0]]), 0.1
-)
-MIXTURE_MOMENTS = Moments(jnp.array([0.1, -0.2]), jnp.array([3.04, 1.06]))
-
-
-def draws(law, num, key=KEY):
-    return jax.vmap(law.sample)(jax.random.split(key, num))
 
 
 def expected_loss(loss, denoiser, data, key=KEY):
@@ -135,14 +117,6 @@ def test_conservative_penalty_is_the_antisymmetric_part():
     assert penalty(symmetric, *arguments, KEY) < 1e-25
 
 
-def mlp_denoiser(moments=MIXTURE_MOMENTS, width=48):
-    net = nn.ResidualMLP((2,), width=width, num_blocks=2, embedding_size=16, key=KEY)
-    return Network(net, moments)
-
-
-LOSS = DenoisingLoss(LogUniform(0.05, 20.0), Residual(MIXTURE_MOMENTS))
-
-
 def excess(denoiser, levels=(0.2, 0.5, 1.0, 2.0)):
     """Mean square distance to the exact denoiser over that of the Gaussian one."""
     data = draws(MIXTURE, 2000, jax.random.key(5))
@@ -178,11 +152,6 @@ def test_fit_learns_a_mixture():
     assert result.best_step == result.history.step[np.argmin(losses)]
     moments = result.denoiser.moments
     assert jnp.array_equal(moments.eigenvalues, MIXTURE_MOMENTS.eigenvalues)
-
-
-def quick(denoiser, data, loss=LOSS, **options):
-    settings = {"key": KEY, "num_steps": 40, "batch_size": 32, "evaluate_every": 10}
-    return fit(denoiser, data, loss, **(settings | {"progress": False} | options))
 
 
 def test_early_stopping_keeps_the_best_weights():
@@ -232,15 +201,6 @@ def test_augmentation_reaches_training_but_not_the_held_out_loss():
     assert moved.history.train_loss[0] > 10 * plain.history.train_loss[0]
 
 
-class Shift(eqx.Module):
-    """A network that predicts the context times one weight."""
-
-    weight: jax.Array
-
-    def __call__(self, x, log_sigma, context):
-        return self.weight * context
-
-
 def test_context_is_kept_with_its_event():
     """`X = y` exactly: the only weight that explains it is known, and shuffled pairs give none."""
     y = jax.random.normal(KEY, (512, 2))
@@ -279,88 +239,6 @@ def test_where_selects_what_is_trained():
     assert jnp.max(jnp.abs(after - before)) > 0
 
 
-SCRIPT = """
-import sys
-import numpy as np
-from safetensors.numpy import save_file
-from test_train import resumable, weights
-
-save_file(weights(resumable(sys.argv[1])), sys.argv[2])
-"""
-
-
-def resumable(checkpoint):
-    return fit(
-        mlp_denoiser(width=16),
-        draws(MIXTURE, 256),
-        LOSS,
-        key=jax.random.key(3),
-        num_steps=400,
-        batch_size=64,
-        held_out=draws(MIXTURE, 64),
-        evaluate_every=20,
-        checkpoint=checkpoint,
-        progress=False,
-    )
-
-
-def weights(result):
-    leaves = jax.tree.leaves(result.denoiser.net)
-    return {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}
-
-
-def launch(*arguments):
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent),
-        "JAX_ENABLE_X64": "1",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
-    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=environment, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE
-    )
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit(tmp_path):
-    checkpoint, killed, resumed = (tmp_path / name for name in ("run.safetensors", "a", "b"))
-    whole = weights(resumable(tmp_path / "whole.safetensors"))
-    process = launch(checkpoint, killed)
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not killed.exists()
-    with safe_open(checkpoint, framework="numpy") as file:
-        assert 0 < file.get_tensor(".step") < 400
-    process = launch(checkpoint, resumed)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors.decode()
-    again = load_file(resumed)
-    assert again.keys() == whole.keys()
-    assert all(again[name].tobytes() == whole[name].tobytes() for name in whole)
-    start = jax.tree.leaves(mlp_denoiser(width=16).net)
-    assert any(not np.array_equal(whole[str(i)], leaf) for i, leaf in enumerate(start))
-
-
-def test_checkpoints_of_other_runs_and_broken_ones_are_refused(tmp_path):
-    path, data = tmp_path / "run.safetensors", draws(MIXTURE, 64)
-    quick(mlp_denoiser(), data, checkpoint=path)
-    with pytest.raises(ValueError, match=r"differs in: batch_size \(32 there, 16 here\); pass"):
-        quick(mlp_denoiser(), data, checkpoint=path, batch_size=16)
-    with pytest.raises(ValueError, match=r"differs in: data \("):
-        quick(mlp_denoiser(), data + 1, checkpoint=path)
-    with pytest.raises(ValueError, match="do not hold the same arrays"):
-        quick(mlp_denoiser(), data, checkpoint=path, optimiser=optax.sgd(0.1))
-    again = quick(mlp_denoiser(), data, checkpoint=path)  # a finished run is simply read
-    assert again.history.step.tolist() == [10, 20, 30, 40]
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot be read"):
-        quick(mlp_denoiser(), data, checkpoint=path)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -372,6 +250,7 @@ def test_checkpoints_of_other_runs_and_broken_ones_are_refused(tmp_path):
         ({"held_out": jnp.zeros((8, 3))}, r"held_out must hold events of shape \(2,\) like data"),
         ({"context": jnp.zeros((3, 1))}, "context of data must have one entry per event"),
         ({"where": lambda d: 3}, "where must select a part of the denoiser"),
+        ({"patience": 3}, "patience counts .* needs held_out, got patience=3 and held_out=None"),
     ],
 )
 def test_bad_arguments_fail_before_any_work(options, message):
@@ -380,9 +259,23 @@ def test_bad_arguments_fail_before_any_work(options, message):
         quick(mlp_denoiser(), options.pop("data"), **options)
 
 
+def short(**options):
+    data, denoiser = draws(MIXTURE, 16), Network(Shift(jnp.asarray(0.5)), MIXTURE_MOMENTS)
+    return quick(denoiser, data, context=data, **options)
+
+
 def test_divergence_is_reported():
-    with pytest.raises(FloatingPointError, match="training loss is not finite"):
-        quick(mlp_denoiser(), draws(MIXTURE, 64), optimiser=optax.sgd(1e30))
+    """At step 12, that is between the evaluations at steps 10 and 20."""
+    rate = optax.piecewise_constant_schedule(1e-3, {12: 1e300})
+    with pytest.raises(FloatingPointError, match="loss is not finite between steps 10 and 20; low"):
+        short(optimiser=optax.sgd(rate))
+
+
+def test_a_held_out_loss_that_is_not_finite_is_reported():
+    """Events so far out that their squares overflow, while the training loss stays finite."""
+    held_out = jnp.full((4, 2), 1e200)
+    with pytest.raises(FloatingPointError, match="held-out loss is not finite at step 10, got inf"):
+        short(held_out=held_out, held_out_context=jnp.zeros((4, 2)))
 
 
 @pytest.mark.parametrize(
@@ -391,6 +284,9 @@ def test_divergence_is_reported():
         (lambda: LogUniform(2.0, 1.0), "sigma_min must be below sigma_max, got 2.0 and 1.0"),
         (lambda: LogNormal(-1.0, 1.0), "median must be a positive finite number, got -1.0"),
         (lambda: Dequantise(0.0), "width must be a positive finite number, got 0.0"),
+        (lambda: adamw(0), "num_steps must be at least 1, got 0"),
+        (lambda: adamw(9, num_warmup=-1), "num_warmup must be at least 0, got -1"),
+        (lambda: adamw(9, num_warmup=9), "num_warmup must be below num_steps, got 9 and 9"),
         (lambda: Conservative(-1.0), "weight must be a positive finite number, got -1.0"),
     ],
 )

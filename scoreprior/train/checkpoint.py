@@ -10,19 +10,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-FORMAT = "scoreprior.train/1"
+FORMAT = "scoreprior.train/2"
+VERSIONS = f"jax {jax.__version__}, optax {optax.__version__}, equinox {eqx.__version__}"
 
 
 def write(path: Path, state: Any, settings: Mapping[str, Any]) -> None:
     """Replace the file at `path` by one with `state`, a pytree of arrays, and JSON `settings`."""
     tensors = {name: _contiguous(leaf) for name, leaf in _named(state).items()}
-    metadata = {"format": FORMAT, "settings": json.dumps(dict(settings), sort_keys=True)}
+    described = json.dumps(dict(settings), sort_keys=True)
+    metadata = {"format": FORMAT, "versions": VERSIONS, "settings": described}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata)
@@ -47,6 +51,9 @@ def read(path: Path, template: Any, settings: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"checkpoint {path} has format {metadata.get('format')!r}, not {FORMAT!r}; {advice}"
         )
+    if metadata["versions"] != VERSIONS:
+        there = f"it was written with {metadata['versions']}, which may describe the same run "
+        advice = f"{there}otherwise than {VERSIONS} here; {advice}"
     _compare_settings(path, json.loads(metadata["settings"]), dict(settings), advice)
     return _fill(path, template, tensors, advice)
 

@@ -1,7 +1,6 @@
 """Training a denoiser: the loop around `state.advance`."""
 
 import math
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from scoreprior._util import check_count, check_data, check_positive
 from scoreprior.denoise.base import AbstractDenoiser
 from scoreprior.train import checkpoint as files
 from scoreprior.train.augment import Unchanged
+from scoreprior.train.identity import identity
 from scoreprior.train.loss import AbstractLoss
 from scoreprior.train.state import Data, Run, State, Transform, advance
 
@@ -40,10 +40,23 @@ class Fit(NamedTuple):
 
 
 def adamw(
-    num_steps: int, *, peak: float = 1e-3, weight_decay: float = 0.01, num_warmup: int = 200
+    num_steps: int,
+    *,
+    peak: float = 1e-3,
+    weight_decay: float = 0.01,
+    num_warmup: int | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, cosine decay to `peak / 100` and gradients clipped to norm 1."""
-    num_warmup = min(num_warmup, num_steps // 2)
+    """AdamW with linear warm-up, cosine decay to `peak / 100` and gradients clipped to norm 1.
+
+    The warm-up takes `num_warmup` of the `num_steps` steps: 200, or half of them if that is less,
+    when `None`.
+    """
+    check_count("num_steps", num_steps)
+    if num_warmup is None:
+        num_warmup = min(200, num_steps // 2)
+    check_count("num_warmup", num_warmup, least=0)
+    if num_warmup >= num_steps:
+        raise ValueError(f"num_warmup must be below num_steps, got {num_warmup} and {num_steps}")
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, num_warmup, num_steps, peak / 100)
     rule = optax.adamw(rate, b2=0.99, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(1.0), rule)
@@ -81,7 +94,7 @@ def fit(
     Every `evaluate_every` steps the loss of the averaged weights is computed on `held_out`
     [m, *event], with the same `num_held_out_draws` noises per event each time; the weights
     returned are those of the lowest held-out loss (the last ones without `held_out`), and training
-    stops after `patience` evaluations without a new lowest.
+    stops after `patience` evaluations without a new lowest; `patience` needs `held_out`.
 
     **Arguments:** `context`, a pytree with leaves [n, ...], one per event, for conditional
     denoisers; `optimiser`, by default `adamw(num_steps)`; `averaging`, the decay per step of the
@@ -92,9 +105,11 @@ def fit(
     with the same weights, bit for bit.
 
     **Errors:** `ValueError` before any work for unusable arguments or a checkpoint of another run,
-    naming what differs; `FloatingPointError` when the loss is no longer finite.
+    naming what differs (see `train.identity`); `FloatingPointError` when the training or the
+    held-out loss is no longer finite.
     """
-    _check(num_steps, batch_size, evaluate_every, num_held_out_draws, patience, averaging)
+    _check(num_steps, batch_size, evaluate_every, num_held_out_draws, averaging)
+    _check_patience(patience, held_out)
     dtype = _dtype(where(denoiser))
     training = _data("data", data, context, dtype)
     testing = None if held_out is None else _data("held_out", held_out, held_out_context, dtype)
@@ -115,10 +130,12 @@ def fit(
         num_held_out_draws=num_held_out_draws,
     )
     plan = _plan(num_steps, evaluate_every)
-    state, settings = run.start(len(plan)), _settings(run, num_steps, evaluate_every)
+    state, settings = run.start(len(plan)), {}
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists():
-        state = files.read(path, state, settings)
+    if path is not None:
+        settings = identity(run, state, num_steps, evaluate_every)
+        if path.exists():
+            state = files.read(path, state, settings)
     bar = tqdm(total=num_steps, initial=int(state.step), disable=not progress, unit="step")
     with bar:
         for evaluation, end in enumerate(plan):
@@ -126,9 +143,10 @@ def fit(
                 continue
             if patience is not None and _stale(state, plan) >= patience:
                 break
-            num = end - int(state.step)
+            start = int(state.step)
+            num = end - start
             state = advance(run, state, num, jnp.asarray(evaluation))
-            _check_progress(state, evaluation)
+            _check_progress(run, state, evaluation, start)
             if path is not None:
                 files.write(path, state, settings)
             bar.update(num)
@@ -158,37 +176,6 @@ def _history(state: State, plan: list[int]) -> History:
     return History(done, train_losses[: len(done)], np.asarray(held_out_losses)[: len(done)])
 
 
-def _settings(run: Run, num_steps: int, evaluate_every: int) -> dict[str, Any]:
-    """What must agree for a run to be resumed, as plain JSON."""
-
-    def described(value: Any) -> str:
-        return eqx.tree_pformat(value, width=1_000_000)
-
-    return {
-        "num_steps": num_steps,
-        "evaluate_every": evaluate_every,
-        "batch_size": run.batch_size,
-        "averaging": run.averaging,
-        "num_held_out_draws": run.num_held_out_draws,
-        "key": np.asarray(jax.random.key_data(run.key)).tolist(),
-        "data": _digest(run.data),
-        "held_out": _digest(run.held_out),
-        "initial weights": _digest(run.params()),
-        "denoiser": described(run.denoiser),
-        "loss": described(run.loss),
-        "dequantise": described(run.dequantise),
-        "augment": described(run.augment),
-    }
-
-
-def _digest(tree: PyTree[Array]) -> str:
-    """Checksum of all arrays of a tree."""
-    checksum = 0
-    for leaf in jax.tree.leaves(tree):
-        checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
-    return f"{checksum:08x}"
-
-
 def _data(name: str, x: Array, context: PyTree[Array], dtype: Any) -> Data:
     x = jnp.asarray(x, dtype)
     check_data(name, x)
@@ -213,18 +200,26 @@ def _check(
     batch_size: int,
     evaluate_every: int,
     num_held_out_draws: int,
-    patience: int | None,
     averaging: float,
 ) -> None:
     check_count("num_steps", num_steps)
     check_count("batch_size", batch_size)
     check_count("evaluate_every", evaluate_every)
     check_count("num_held_out_draws", num_held_out_draws)
-    if patience is not None:
-        check_count("patience", patience)
     check_positive("averaging", averaging)
     if averaging >= 1:
         raise ValueError(f"averaging must lie in (0, 1), got {averaging}")
+
+
+def _check_patience(patience: int | None, held_out: Array | None) -> None:
+    if patience is None:
+        return
+    check_count("patience", patience)
+    if held_out is None:
+        raise ValueError(
+            "patience counts evaluations of the held-out loss and so needs held_out, got "
+            f"patience={patience} and held_out=None"
+        )
 
 
 def _check_events(denoiser: AbstractDenoiser, data: Data, held_out: Data | None) -> None:
@@ -248,9 +243,16 @@ def _check_events(denoiser: AbstractDenoiser, data: Data, held_out: Data | None)
         )
 
 
-def _check_progress(state: State, evaluation: int) -> None:
+def _check_progress(run: Run, state: State, evaluation: int, start: int) -> None:
+    """Raise unless the losses of an evaluation are finite; `start` is the step of the last one."""
     if not math.isfinite(float(state.train_losses[evaluation])):
         raise FloatingPointError(
-            f"training loss is not finite between steps {int(state.best_step)} and "
-            f"{int(state.step)}; lower the learning rate or raise the smallest noise level"
+            f"training loss is not finite between steps {start} and {int(state.step)}; lower the "
+            "learning rate or raise the smallest noise level"
+        )
+    held_out = float(state.held_out_losses[evaluation])
+    if run.held_out is not None and not math.isfinite(held_out):
+        raise FloatingPointError(
+            f"held-out loss is not finite at step {int(state.step)}, got {held_out}; look for "
+            "extreme events in held_out, or lower the learning rate"
         )
