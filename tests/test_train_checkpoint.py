@@ -269,3 +269,15 @@ def test_programs_are_told_apart(one, other):
     x = jnp.ones(3)
     assert program(one, x) == program(one, 2 * x)
     assert program(one, x) != program(other, x)
+
+
+def test_a_function_on_the_host_counts_by_its_name():
+    """Two of one name are told apart by their addresses only, which must not count."""
+
+    def traced(function):
+        return program(lambda x: jax.pure_callback(function, x, x), jnp.ones(3))
+
+    one, other = (lambda x: x for _ in range(2))
+    assert one is not other
+    assert traced(one) == traced(other)
+    assert traced(one) != traced(np.sin)

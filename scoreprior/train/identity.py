@@ -64,7 +64,8 @@ def program(function: Callable[..., Any], *arguments: Any) -> str:
 
     Arrays among the arguments, and within a function that is a pytree, count by shape only.
     """
-    lowered = eqx.filter_jit(_call).lower(function, arguments)
+    jitted: Any = eqx.filter_jit(_call)
+    lowered = jitted.lower(function, arguments)
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
 
 
