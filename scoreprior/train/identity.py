@@ -1,8 +1,9 @@
 """What makes two runs of training the same run, as plain JSON.
 
 Arrays are told apart by a checksum of their bytes. A function, the optimiser's update for one, is
-told apart by the program that JAX lowers it to, constants and captured arrays included. Nothing
-here depends on the process.
+told apart by the program that JAX lowers it to, constants and captured arrays included. Programs
+are those of the platform at hand, so a run resumes where it began; functions called back on the
+host are out of JAX's sight and do not count. Nothing here depends on the process.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ def identity(run: Run, start: State, num_steps: int, evaluate_every: int) -> dic
     parts = {"loss": run.loss, "dequantise": run.dequantise, "augment": run.augment}
     frozen = run.build(jax.tree.map(lambda _: None, run.params()))
     return {
+        "platform": jax.default_backend(),
         "num_steps": num_steps,
         "evaluate_every": evaluate_every,
         "batch_size": run.batch_size,
