@@ -4,10 +4,10 @@
 
 The upper half of a held-out digit is seen with noise of some grey levels, the lower half is hidden.
 One engine, `NUTS`, non-centred, centred with the exact flow density and its gradient, and, where
-asked for, centred with the score as gradient; medians of several runs. The bulk effective sample size is that of the
-worst pixel. Time is that of the draws alone, without compilation and warm-up: gradients taken,
-chains advancing in lock step, times the median time of one compiled gradient of all chains,
-measured by turns for all forms before every run.
+asked for, centred with the score as gradient; medians of several runs. The bulk effective sample
+size is that of the worst pixel. Time is that of the draws alone, without compilation and warm-up:
+gradients taken, chains advancing in lock step, times the median time of one compiled gradient of
+all chains, measured by turns for all forms before every run.
 
 The centred forms are so slow that they get one chain, in trees of at most 31 gradients. A chain
 that has not mixed *over*-estimates its effective sample size, so the ratios are low rather than
