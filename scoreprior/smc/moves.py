@@ -1,7 +1,7 @@
-"""Markov kernels that move the particles of a cloud, with the scales that the cloud gives them.
+"""Markov kernels that move the particles of a cloud, with scales that the cloud gives them.
 
-A kernel leaves `logdensity_fn` invariant for every `step_size` and every `variances` [size], the
-variances of the cloud by coordinate of the flattened position.
+A kernel leaves `logdensity_fn` invariant for every `step_size` and whatever its scales. Coordinates
+are those of the flattened position, `size` in all.
 """
 
 from abc import abstractmethod
@@ -59,20 +59,25 @@ class AbstractMoves(eqx.Module):
 
 
 class HMCMoves(AbstractMoves):
-    """Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011) with a diagonal mass matrix.
+    """Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011).
 
-    The inverse mass matrix is the cloud's variances. Every step of every particle draws its own
-    step size, uniform within `jitter` (relative) of the tuned one, so that no trajectory closes on
-    itself and particles in narrow places are not all rejected. With `num_leapfrog=1` this is the
-    Metropolis-adjusted Langevin algorithm.
+    The mass matrix is the second moment `E[g g']` of the gradients `g` of the log density over the
+    cloud, shrunk towards its diagonal by `size / (n + size)`. It equals the mean curvature,
+    `-E[Hessian]`, so it is the inverse covariance of a Gaussian and, where modes lie apart, their
+    mean inverse covariance: the variances of the cloud would measure the distances between them.
 
-    **Arguments:** `num_leapfrog`, gradients per step; `target_accept`, `jitter` in (0, 1).
+    Every step of every particle draws its own step size, uniform within `jitter` (relative) of the
+    tuned one, so that no trajectory closes on itself and particles in narrow places move too. With
+    `num_leapfrog=1` this is the Metropolis-adjusted Langevin algorithm.
+
+    **Arguments:** `num_leapfrog`, gradients per step; `target_accept`, `jitter` in (0, 1);
+    `dense_mass`, for up to a few thousand coordinates, or else the diagonal alone.
     """
 
-    num_leapfrog: int = eqx.field(static=True, default=5)
+    num_leapfrog: int = eqx.field(static=True, default=3)
     target_accept: float = eqx.field(static=True, default=0.8, kw_only=True)
     jitter: float = eqx.field(static=True, default=0.5, kw_only=True)
-    mode: str = eqx.field(static=True, default="gg", kw_only=True)
+    dense_mass: bool = eqx.field(static=True, default=True, kw_only=True)
 
     def __check_init__(self):
         check_count("num_leapfrog", self.num_leapfrog)
@@ -83,28 +88,20 @@ class HMCMoves(AbstractMoves):
         return hmc.init(position, logdensity_fn)
 
     def scales(self, states: Any) -> Array:
+        """The inverse mass matrix: [size, size], or its diagonal [size]."""
         gradients = flatten(states.logdensity_grad)
-        x = flatten(states.position)
-        n, size = gradients.shape
-        if self.mode == "var":
-            return jnp.var(x, 0)
-        if self.mode == "g2":
-            return 1 / jnp.mean(gradients**2, 0)
-        if self.mode == "cov":
-            return jnp.cov(x, rowvar=False)
-        if self.mode == "gg":
-            second = gradients.T @ gradients / n
-            alpha = size / (n + size)
-            second = (1 - alpha) * second + alpha * jnp.diag(jnp.diag(second))
-            return jnp.linalg.inv(second)
-        if self.mode == "ggn":
-            norm = jnp.linalg.norm(gradients, axis=1, keepdims=True)
-            cap = jnp.quantile(norm, .9)
-            gradients = gradients * jnp.minimum(1, cap / norm)
-            second = gradients.T @ gradients / n
-            alpha = size / (n + size)
-            second = (1 - alpha) * second + alpha * jnp.diag(jnp.diag(second))
-            return jnp.linalg.inv(second)
+        finite = jnp.all(jnp.isfinite(gradients), 1)
+        gradients = jnp.where(finite[:, None], gradients, 0)
+        n, size = jnp.sum(finite), gradients.shape[1]
+        variances = jnp.sum(gradients**2, 0) / n
+        if not self.dense_mass:
+            return 1 / variances
+        shrinkage = size / (n + size)
+        mass = (1 - shrinkage) * gradients.T @ gradients / n + shrinkage * jnp.diag(variances)
+        values, vectors = jnp.linalg.eigh(mass)
+        # Rounding must not make the inverse indefinite.
+        values = jnp.maximum(values, 10 * size * jnp.finfo(values.dtype).eps * values[-1])
+        return (vectors / values[None]) @ vectors.T
 
     def step(
         self,
@@ -130,7 +127,7 @@ class HMCMoves(AbstractMoves):
 
 
 class RandomWalkMoves(AbstractMoves):
-    """Random-walk Metropolis with steps `N(0, step_size^2 diag(variances))`.
+    """Random-walk Metropolis with steps `N(0, step_size^2 diag(v))`, `v` the cloud's variances.
 
     It takes no gradient: for likelihoods without one, in few dimensions.
 

@@ -44,9 +44,9 @@ class TemperedSMC(eqx.Module):
     groups in order: where all find the same evidence, row `g` is group `g`.
 
     **Tuning** is by the cloud itself, for each group alone. The next temperature is that at which
-    the effective sample size falls to `target_ess`. The kernel's scales are the weighted variances;
-    its step size goes on from temperature to temperature and is corrected after every move by
-    `log step += acceptance - target`. Moves end when the autocorrelation with the start, within
+    the effective sample size falls to `target_ess`. The kernel measures its scales on the resampled
+    cloud; its step size goes on from temperature to temperature and is corrected after every move
+    by `log step += acceptance - target`. Moves end when the autocorrelation with the start, within
     modes and as a mean over coordinates, is at most `max_autocorrelation`, or after `max_moves`.
     Each move leaves its target invariant, but settings that depend on the cloud make the evidence
     consistent in the number of particles rather than exactly unbiased (Beskos, Jasra, Kantas &
@@ -62,8 +62,8 @@ class TemperedSMC(eqx.Module):
     num_groups: int = eqx.field(static=True, default=4)
     kernel: AbstractMoves = eqx.field(default=HMCMoves(), kw_only=True)
     centred: bool = eqx.field(static=True, default=False, kw_only=True)
-    target_ess: float = eqx.field(static=True, default=0.5, kw_only=True)
-    max_autocorrelation: float = eqx.field(static=True, default=0.1, kw_only=True)
+    target_ess: float = eqx.field(static=True, default=0.9, kw_only=True)
+    max_autocorrelation: float = eqx.field(static=True, default=0.5, kw_only=True)
     max_moves: int = eqx.field(static=True, default=50, kw_only=True)
     max_temperatures: int = eqx.field(static=True, default=200, kw_only=True)
     batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
@@ -90,9 +90,10 @@ class TemperedSMC(eqx.Module):
     ) -> Draws:
         """Draw from the posterior of `problem`: draws [group, particle], of equal weight.
 
-        `stats` hold for every draw its joint log density `lp`, its `group`, and its `ancestor`, the
-        prior draw whence it comes. `extra` holds `log_evidence`, `log_evidence_se`,
-        `group_log_evidence` [group] and the record of every temperature [group, step].
+        `stats` hold for every draw its joint log density `lp`, its `group_of_draw`, and its
+        `ancestor`, the prior draw of that group whence it comes. `extra` holds `log_evidence`,
+        `log_evidence_se`, `group_log_evidence` [group] and the record of every temperature,
+        [group, step].
 
         With `checkpoint`, a directory, the run is stored after every temperature, and the same call
         resumes it bit for bit. Ctrl-C returns the clouds at the temperatures they have reached:
@@ -119,9 +120,7 @@ class TemperedSMC(eqx.Module):
         if not chunks:
             raise KeyboardInterrupt("interrupted at the prior, before the first temperature")
         finished = bool(np.all(np.asarray(clouds.temperature) >= 1))
-        positions, stats = jax.tree.map(
-            np.asarray, _finish(problem, clouds, key_end, finished)
-        )
+        positions, stats = jax.tree.map(np.asarray, _finish(problem, clouds, key_end, finished))
         extra = _evidence(np.asarray(clouds.log_evidence, float), finished) | _history(chunks)
         draws = Draws(problem, positions, stats, interrupted and not finished, extra)
         self._warn(draws, finished)
@@ -217,12 +216,12 @@ def _advance(
 def _finish(
     problem: Problem, clouds: Cloud, key: Key, finished: bool
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Draws [group, particle] of equal weight with their statistics; unfinished clouds unchanged."""
+    """Draws [group, particle] of equal weight and statistics; clouds unchanged if unfinished."""
     shape = clouds.log_likelihood.shape
     log_prior = jax.lax.map(jax.vmap(problem.log_prior), clouds.position)
     stats = {
         "lp": log_prior + clouds.log_likelihood,
-        "group": jnp.broadcast_to(jnp.arange(shape[0])[:, None], shape),
+        "group_of_draw": jnp.broadcast_to(jnp.arange(shape[0])[:, None], shape),
         "ancestor": clouds.ancestor,
     }
     if not finished:
@@ -262,7 +261,7 @@ def _evidence(groups: np.ndarray, finished: bool) -> dict[str, Any]:
     spread = ((shares / mean - 1) ** 2).sum()
     se = math.sqrt(spread / (count * (count - 1))) if count > 1 else math.nan
     return {
-        "log_evidence": ((), groups.max() + np.log(mean)),
+        "log_evidence": ((), np.asarray(groups.max() + np.log(mean))),
         "log_evidence_se": ((), np.asarray(se)),
         "group_log_evidence": (("group",), groups),
     }
