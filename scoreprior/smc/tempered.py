@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -160,7 +161,7 @@ class TemperedSMC(eqx.Module):
             return
         self._warn_clouds(record)
 
-    def _warn_clouds(self, record: dict[str, np.ndarray]) -> None:
+    def _warn_clouds(self, record: Mapping[str, np.ndarray]) -> None:
         ancestors = record["unique_ancestors"][:, -1]
         if (fewest := int(ancestors.min())) < FEW_ANCESTORS:
             warnings.warn(
@@ -169,9 +170,9 @@ class TemperedSMC(eqx.Module):
                 f"num_particles, or target_ess above {self.target_ess}",
                 stacklevel=4,
             )
-        least = LOW_ACCEPTANCE * self.kernel.target_accept
-        last = record["acceptance_rate"]
-        if (worst := float(np.nanmin(last))) < least:
+        # The mean over groups, still moving, at the worst temperature.
+        worst = float(np.nanmean(record["acceptance_rate"], 0).min())
+        if worst < LOW_ACCEPTANCE * self.kernel.target_accept:
             warnings.warn(
                 f"the acceptance rate fell to {worst:.2g} (target {self.kernel.target_accept}), so "
                 "particles may not have moved: raise max_moves above "
