@@ -52,14 +52,15 @@ class Rule(NamedTuple):
     batch_size: int | None
 
 
-def start(problem: Problem, kernel: AbstractMoves, num_particles: int, key: Key) -> Cloud:
+def start(problem: Problem, rule: Rule, num_particles: int, key: Key) -> Cloud:
     """Prior draws: the cloud at temperature zero."""
-    position = jax.vmap(problem.initial)(jax.random.split(key, num_particles))
-    log_likelihood = jax.vmap(problem.log_likelihood)(position)
+    keys = jax.random.split(key, num_particles)
+    position = _over(problem.initial, rule.batch_size)(keys)
+    log_likelihood = _over(problem.log_likelihood, rule.batch_size)(position)
     size = sum(leaf[0].size for leaf in jax.tree.leaves(position))
     zero = jnp.zeros((), log_likelihood.dtype)
     ancestor = jnp.arange(num_particles, dtype=jnp.int32)
-    step_size = zero + kernel.first_step_size(size)
+    step_size = zero + rule.kernel.first_step_size(size)
     return Cloud(position, log_likelihood, ancestor, zero, zero, step_size)
 
 
@@ -116,7 +117,9 @@ def next_temperature(cloud: Cloud, target_ess: float) -> Scalar:
         1 - cloud.temperature,
         dichotomy,
     )
-    return jnp.clip(cloud.temperature + step, cloud.temperature, 1)
+    # The last step ends at one exactly, whatever the rounding of the sum.
+    rest = 1 - cloud.temperature
+    return jnp.where(step >= rest, 1, cloud.temperature + step)
 
 
 def weigh(log_likelihood: Float[Array, " n"], step: Scalar) -> Float[Array, " n"]:

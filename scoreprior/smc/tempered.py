@@ -127,6 +127,15 @@ class TemperedSMC(eqx.Module):
         self._warn(draws, finished)
         return draws
 
+    def _rule(self) -> Rule:
+        return Rule(
+            self.kernel,
+            self.target_ess,
+            self.max_autocorrelation,
+            self.max_moves,
+            self.batch_size,
+        )
+
     def _settings(self, problem: Problem, key: Key, clouds: Cloud) -> dict[str, Any]:
         """What identifies a run, `max_temperatures` apart: more may be asked of a stopped one."""
         engine = {name: value for name, value in vars(self).items() if name != "max_temperatures"}
@@ -192,8 +201,8 @@ class TemperedSMC(eqx.Module):
 
 @eqx.filter_jit
 def _start(engine: TemperedSMC, problem: Problem, key: Key) -> Cloud:
-    keys = jax.random.split(key, engine.num_groups)
-    return jax.vmap(lambda key: start(problem, engine.kernel, engine.num_particles, key))(keys)
+    rule, keys = engine._rule(), jax.random.split(key, engine.num_groups)
+    return jax.vmap(lambda key: start(problem, rule, engine.num_particles, key))(keys)
 
 
 @eqx.filter_jit
@@ -201,13 +210,7 @@ def _advance(
     engine: TemperedSMC, problem: Problem, clouds: Cloud, key: Key, step: Array
 ) -> tuple[Cloud, dict[str, dict[str, Array]]]:
     """All clouds one temperature on; the record has leaves [1, group]."""
-    rule = Rule(
-        engine.kernel,
-        engine.target_ess,
-        engine.max_autocorrelation,
-        engine.max_moves,
-        engine.batch_size,
-    )
+    rule = engine._rule()
     keys = jax.random.split(jax.random.fold_in(key, step), engine.num_groups)
     clouds, record = jax.vmap(lambda cloud, key: temper(problem, rule, cloud, key))(clouds, keys)
     return clouds, {"record": jax.tree.map(lambda leaf: leaf[None], record)}
