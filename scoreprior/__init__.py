@@ -8,7 +8,7 @@ Six nouns, one verb each:
 - a **flow** maps noise to data and back (`Flow`);
 - a **prior** is a NumPyro distribution that samples and has a `log_prob` (`ScorePrior`);
 - a **problem** is what a NumPyro model with such a prior asks (`Problem`);
-- an **engine** runs and answers it (`NUTS`, through `infer`).
+- an **engine** runs and answers it (`NUTS`, `TemperedSMC`, through `infer`).
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +30,7 @@ from scoreprior.mcmc import NUTS
 from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
+from scoreprior.smc import TemperedSMC
 
 try:
     __version__ = version("scoreprior")
@@ -54,6 +55,7 @@ __all__ = [
     "ScoreGradient",
     "ScoreOnly",
     "ScorePrior",
+    "TemperedSMC",
     "denoise",
     "infer",
     "load",

@@ -10,6 +10,7 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,13 +27,15 @@ class Draws(NamedTuple):
     """What an engine returns.
 
     `positions` [chain, draw, *shape] of `problem` by site, `stats` [chain, draw] under ArviZ's
-    names, and whether the run was cut short.
+    names, and whether the run was cut short. `extra` holds what is not one number per draw, such as
+    the evidence: by name, the names of its axes, `()` for a scalar, and its values.
     """
 
     problem: Any
     positions: dict[str, np.ndarray]
     stats: dict[str, np.ndarray]
     interrupted: bool
+    extra: Mapping[str, tuple[tuple[str, ...], np.ndarray]] = MappingProxyType({})
 
 
 class Chunk(NamedTuple):
@@ -46,13 +49,14 @@ class Loop(NamedTuple):
     """`num_steps` steps in chunks of `chunk_size`.
 
     Outputs of the first `num_discarded` are dropped. `describe(outputs)` is shown beside the
-    progress bar.
+    progress bar. Where `is_finished(outputs)` can end the run before, `num_steps` is only a limit.
     """
 
     num_steps: int
     num_discarded: int
     chunk_size: int
     describe: Callable[[PyTree[np.ndarray]], str]
+    is_finished: Callable[[PyTree[np.ndarray]], bool] | None = None
 
 
 def run_chunks(
@@ -62,38 +66,43 @@ def run_chunks(
     *,
     progress: bool,
     checkpoint: "Checkpoint | None",
-) -> tuple[list[Chunk], bool]:
+) -> tuple[list[Chunk], Any, bool]:
     """Call `advance(state, start, count) -> (state, outputs)` until all steps are done.
 
     `count` is `chunk_size` but for the last call; of the outputs, leaves [chunk_size, ...], the
-    first `count` rows are read. Returns the chunks that are kept and whether Ctrl-C stopped the
-    run. Any other failure is raised, with a note where a checkpoint holds what was done before.
+    first `count` rows are read. Returns the chunks that are kept, the state after them and whether
+    Ctrl-C stopped the run. Any other failure is raised, with a note where a checkpoint holds what
+    was done before.
     """
     done, chunks = 0, []
     if checkpoint is not None:
         done, state, chunks = checkpoint.load(state)
-    bar = tqdm(total=loop.num_steps, initial=done, disable=not progress, dynamic_ncols=True)
+    is_finished = loop.is_finished or (lambda _: False)
+    finished = any(is_finished(chunk.outputs) for chunk in chunks[-1:])
+    total = loop.num_steps if loop.is_finished is None else None
+    bar = tqdm(total=total, initial=done, disable=not progress, dynamic_ncols=True)
     try:
-        while done < loop.num_steps:
+        while done < loop.num_steps and not finished:
             count = min(loop.chunk_size, loop.num_steps - done)
-            state, outputs = advance(state, done, count)
+            new, outputs = advance(state, done, count)
             outputs = jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], outputs)
             kept = _drop(Chunk(done, outputs), loop.num_discarded)
-            chunks += kept
-            done += count
+            # In one statement, so that Ctrl-C cannot part the state from the chunks.
+            state, chunks, done = new, chunks + kept, done + count
+            finished = is_finished(outputs)
             if checkpoint is not None:
                 checkpoint.save(done, state, kept)
             bar.set_postfix_str(loop.describe(outputs), refresh=False)
             bar.update(count)
     except KeyboardInterrupt:
-        return chunks, True
+        return chunks, state, True
     except Exception as error:
         if checkpoint is not None:
             error.add_note(f"{done} of {loop.num_steps} steps are kept in {checkpoint.path}")
         raise
     finally:
         bar.close()
-    return chunks, False
+    return chunks, state, False
 
 
 def join(chunks: list[Chunk]) -> PyTree[np.ndarray]:

@@ -55,6 +55,7 @@ def infer(
 
     **Returns** groups `posterior`, `sample_stats`, `observed_data` and, where asked, `prior`,
     `prior_predictive` and `posterior_predictive`, with the provenance of the run in the attributes.
+    What an engine gives beside numbers per draw, such as `log_evidence`, is in `sample_stats` too.
     Axes are named by `dims`, a list of names per site, with values `coords`. By default the axes of
     plates take the names of the plates, those of an image under a prior are `row` and `col`, shared
     by every site of the same shape, and other axes are `{site}_dim_0` and so on.
@@ -89,6 +90,7 @@ def infer(
         coords=dict(coords or {}),
         attrs={"/": _provenance(engine, draws, sampling_time)},
     )
+    tree["sample_stats"].dataset = tree["sample_stats"].to_dataset().assign(draws.extra)
     _warn_r_hat(tree)
     return tree
 

@@ -77,6 +77,22 @@ def assert_cov_of_chains(chains, truth, *, bias=0.05):
     _gate(products.mean(0), truth, _standard_error(products, ess), scale, bias, "covariance")
 
 
+def assert_mean_of_groups(values, groups, truth, *, scale=None, bias=0.05):
+    """The mean of `values` [n, *event] is `truth`, with the standard error of independent groups.
+
+    `groups` [n] are labels. Draws of one group may depend on one another in any way, and groups may
+    have different numbers of draws: the estimate is the ratio of two sums over groups. `bias` is in
+    units of `scale`, the standard deviation of `values` when `None`.
+    """
+    rows, groups = _rows(values), np.asarray(groups)
+    labels, index = np.unique(groups, return_inverse=True)
+    mean = rows.mean(0)
+    sums = np.zeros((len(labels), rows.shape[1]))
+    np.add.at(sums, index, (rows - mean) / len(rows))
+    se = np.sqrt((sums**2).sum(0) * len(labels) / (len(labels) - 1))
+    _gate(mean, truth, se, rows.std(0) if scale is None else scale, bias, "mean of groups")
+
+
 def assert_proportion(hits, n, p, *, bias=0.05):
     """`hits` out of `n` (effective) trials agree with probability `p`; `bias` is in probability."""
     p = np.asarray(p, float)

@@ -9,6 +9,7 @@ from stats import (
     assert_masses,
     assert_mean,
     assert_mean_of_chains,
+    assert_mean_of_groups,
     assert_proportion,
     assert_same_mean,
     chain_ess,
@@ -48,6 +49,19 @@ def test_mean():
     fails(assert_mean, draws[:5_000], MEAN, match="no power")
     assert_mean(draws[:5_000], MEAN, bias=0.1)
     fails(assert_mean, draws, MEAN, ess=5_000, match="no power")
+
+
+def test_mean_of_groups():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(50, 150, size=400)
+    shift = rng.standard_normal((400, 2)) / np.sqrt(100)  # shared by the draws of a group
+    labels = np.repeat(np.arange(400), sizes)
+    draws = gaussian(len(labels)) + shift[labels]
+    assert_mean_of_groups(draws, labels, MEAN)
+    fails(assert_mean_of_groups, draws, labels, MEAN + [0, 0.1], match="component 1")
+    # Without the groups the gate would be too narrow by a factor of 1.4, or too wide with few.
+    few = labels < 40
+    fails(assert_mean_of_groups, draws[few], labels[few], MEAN, match="no power")
 
 
 def test_mean_keeps_the_shape_of_events_and_the_rounding_of_constants():

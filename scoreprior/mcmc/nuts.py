@@ -93,7 +93,7 @@ class NUTS(eqx.Module):
             steps = jnp.asarray(start), jnp.asarray(count)
             return _advance(self, problem, state, key_steps, schedule, *steps)
 
-        chunks, interrupted = run_chunks(
+        chunks, _, interrupted = run_chunks(
             advance,
             state,
             Loop(self.num_warmup + self.num_samples, self.num_warmup, self.chunk_size, _describe),

@@ -1,0 +1,210 @@
+"""TemperedSMC finds the right posterior and evidence: closed forms, both forms, all kernels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import oracles
+from scoreprior.denoise import Gaussian, GaussianMixture
+from scoreprior.flow import FixedGrid, Flow
+from scoreprior.gaussian import Moments
+from scoreprior.prior import ScorePrior
+from scoreprior.problem import Problem
+from scoreprior.smc import HMCMoves, RandomWalkMoves, TemperedSMC
+from scoreprior.smc.step import Cloud, _autocorrelation, next_temperature
+from stats import assert_mean_of_groups, require_power
+
+pytestmark = [pytest.mark.promotes_ranks, pytest.mark.slow]
+
+GAUSSIAN = Gaussian(Moments.dense(jnp.array([0.5, -1.0]), jnp.array([[1.0, 0.6], [0.6, 0.8]])))
+MIXTURE = GaussianMixture.full(
+    jnp.array([0.4, 0.6]),
+    jnp.array([[-1.0, 0.5], [1.0, -0.5]]),
+    jnp.array([[[0.5, 0.2], [0.2, 0.4]], [[0.3, -0.1], [-0.1, 0.6]]]),
+)
+A_G, Y_G, SD_G = jnp.array([[1.0, 1.0]]), jnp.array([2.5]), 0.7
+A_M, Y_M = jnp.array([[0.5, 1.0], [1.0, 0.0]]), jnp.array([0.9, 0.4])
+COV_M = jnp.array([[1.0, 0.3], [0.3, 0.8]])
+
+
+def build(denoiser, num_steps=5):
+    flow = Flow(denoiser, denoiser.moments(), sigma_min=0.1, solver=FixedGrid(num_steps))
+    return ScorePrior(flow)
+
+
+PRIOR_G, PRIOR_M = build(GAUSSIAN, 1), build(MIXTURE)
+
+
+def two_priors(y_g, y_m):
+    """A Gaussian and a mixture prior in one model."""
+    g = numpyro.sample("g", PRIOR_G)
+    m = numpyro.sample("m", PRIOR_M)
+    numpyro.sample("y_g", dist.Normal(A_G @ g, SD_G).to_event(1), obs=y_g)
+    numpyro.sample("y_m", dist.MultivariateNormal(A_M @ m, COV_M), obs=y_m)
+
+
+def run(model, engine, *args, seed=1):
+    problem = Problem.from_model(model, *args)
+    draws = engine.run(problem, jax.random.key(seed), progress=False)
+    values = jax.jit(jax.vmap(jax.vmap(draws.problem.constrain)))(draws.positions)
+    flat = {name: np.asarray(x).reshape(-1, *x.shape[2:]) for name, x in values.items()}
+    return draws, flat
+
+
+def check_evidence(draws, truth, *, bias=0.05):
+    evidence, se = (float(draws.extra[name][1]) for name in ("log_evidence", "log_evidence_se"))
+    assert abs(evidence - truth) <= 5 * se, f"log evidence {evidence}, se {se}, should be {truth}"
+    require_power(se, 1.0, bias=bias)
+
+
+def check_law(draws, x, exact, *, bias):
+    """Mean, covariance and, for a mixture, masses of draws [n, size]."""
+    groups = draws.stats["group_of_draw"].reshape(-1)
+    mean, covariance = oracles.moments(exact)
+    assert_mean_of_groups(x, groups, mean, bias=bias)
+    offsets = x - mean
+    sd = np.sqrt(np.diag(covariance))
+    scale = np.outer(sd, sd).reshape(-1)
+    products = offsets[:, :, None] * offsets[:, None, :]
+    assert_mean_of_groups(products, groups, covariance, scale=scale, bias=2 * bias)
+    if isinstance(exact, GaussianMixture):
+        memberships = np.exp(jax.vmap(exact.log_responsibilities)(x))
+        assert_mean_of_groups(memberships, groups, exact.weights, scale=1.0, bias=bias)
+
+
+def check_two_priors(draws, flat, *, scale=1.0, bias=0.05):
+    """Against the closed form for noise levels `scale` times those of the model."""
+    cov_g, cov_m = jnp.eye(1) * (scale * SD_G) ** 2, scale**2 * COV_M
+    check_law(draws, flat["g"], oracles.posterior(PRIOR_G, A_G, Y_G, cov_g), bias=bias)
+    check_law(draws, flat["m"], oracles.posterior(PRIOR_M, A_M, Y_M, cov_m), bias=bias)
+
+
+def evidence_of_two_priors(scale=1.0):
+    g, m = oracles.at_level(GAUSSIAN, 0.1), oracles.at_level(MIXTURE, 0.1)
+    cov_g, cov_m = jnp.eye(1) * (scale * SD_G) ** 2, scale**2 * COV_M
+    return float(g.log_evidence(A_G, Y_G, cov_g) + m.log_evidence(A_M, Y_M, cov_m))
+
+
+def check_shares(draws):
+    """A group has draws in proportion to its evidence."""
+    evidence = draws.extra["group_log_evidence"][1]
+    share = np.exp(evidence - evidence.max())
+    log_mean = evidence.max() + np.log(share.mean())
+    np.testing.assert_allclose(draws.extra["log_evidence"][1], log_mean)
+    group = draws.stats["group_of_draw"].reshape(-1)
+    expected = group.size * share / share.sum()
+    counts = np.bincount(group, minlength=len(share))
+    num_particles = group.size // len(share)
+    assert np.abs(counts - expected).max() < 0.1 * num_particles
+    assert np.abs(counts - expected).sum() < 0.1 * np.abs(counts - num_particles).sum()
+
+
+def test_posterior_and_evidence_of_a_gaussian_and_a_mixture_prior():
+    draws, flat = run(two_priors, TemperedSMC(120, 100), Y_G, Y_M)
+    check_two_priors(draws, flat, bias=0.08)
+    check_evidence(draws, evidence_of_two_priors(), bias=0.1)
+    check_shares(draws)
+    with pytest.raises(AssertionError, match="outside 5 standard errors"):
+        check_two_priors(draws, flat, scale=0.9)
+    with pytest.raises(AssertionError, match="log evidence"):
+        check_evidence(draws, evidence_of_two_priors(scale=1.3))
+
+
+ENGINES = {
+    "centred": TemperedSMC(50, 50, centred=True),
+    "random walk, few temperatures": TemperedSMC(
+        100, 60, kernel=RandomWalkMoves(), target_ess=0.5, max_autocorrelation=0.2
+    ),
+    "Langevin, diagonal mass": TemperedSMC(100, 40, kernel=HMCMoves(1, dense_mass=False)),
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_other_forms_and_kernels(name):
+    draws, flat = run(two_priors, ENGINES[name], Y_G, Y_M)
+    check_two_priors(draws, flat, bias=0.25)
+    check_evidence(draws, evidence_of_two_priors(), bias=0.2)
+
+
+def test_single_precision():
+    with jax.enable_x64(False):
+        prior = build(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), MIXTURE))
+
+        def model(y):
+            m = numpyro.sample("m", prior)
+            cov_y = jnp.asarray(COV_M, jnp.float32)
+            loc = jnp.asarray(A_M, jnp.float32) @ m
+            numpyro.sample("y", dist.MultivariateNormal(loc, cov_y), obs=y)
+
+        draws, flat = run(model, TemperedSMC(100, 40), Y_M.astype(jnp.float32))
+    assert flat["m"].dtype == np.float32
+    assert draws.extra["temperature"][1].dtype == np.float32
+    check_law(
+        draws, flat["m"].astype(float), oracles.posterior(PRIOR_M, A_M, Y_M, COV_M), bias=0.25
+    )
+    check_evidence(
+        draws, float(oracles.at_level(MIXTURE, 0.1).log_evidence(A_M, Y_M, COV_M)), bias=0.1
+    )
+
+
+def test_masses_of_modes_between_which_chains_hardly_move():
+    """Three modes, of which the data rule out the one between: NUTS hardly ever jumps over it."""
+    means = jnp.array([[-6.0, 0.0], [0.0, 3.0], [6.0, 0.0]])
+    law = GaussianMixture.diagonal(jnp.array([0.1, 0.75, 0.15]), means, 0.05)
+    prior = build(law, 8)
+    A, y, sd = jnp.array([[0.02, 1.0]]), jnp.array([0.1]), 0.3
+
+    def model(y):
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(A @ x, sd).to_event(1), obs=y)
+
+    exact = oracles.posterior(prior, A, y, sd**2 * jnp.eye(1))
+    assert 0.3 < exact.weights[0] < 0.45
+    draws, flat = run(model, TemperedSMC(150, 40), y)
+    left = (flat["x"][:, :1] < 0).astype(float)
+    groups = draws.stats["group_of_draw"].reshape(-1)
+    assert_mean_of_groups(left, groups, exact.weights[:1], scale=1.0, bias=0.1)
+    assert_mean_of_groups(flat["x"], groups, oracles.moments(exact)[0], bias=0.2)
+    truth = oracles.at_level(law, 0.1).log_evidence(A, y, sd**2 * jnp.eye(1))
+    check_evidence(draws, float(truth), bias=0.1)
+
+
+def test_likelihoods_of_zero_are_weights_of_zero():
+    """A truncated prior: the evidence is the probability of what is left."""
+    prior = build(GAUSSIAN, 1)
+
+    def model():
+        g = numpyro.sample("g", prior)
+        numpyro.factor("left", jnp.where(g[0] > 1.5, 0.0, -jnp.inf))
+
+    draws, flat = run(model, TemperedSMC(200, 100))
+    assert (flat["g"][:, 0] > 1.5).all()
+    tail = jax.scipy.stats.norm.logcdf(-1.0 / jnp.sqrt(1.0 + 0.1**2))
+    check_evidence(draws, float(tail), bias=0.15)
+
+
+def test_the_next_temperature_has_the_effective_sample_size_asked_for():
+    log_likelihood = -(jnp.linspace(0.0, 30.0, 400) ** 2)
+    log_likelihood = log_likelihood.at[::4].set(-jnp.inf)
+    zero = jnp.zeros(())
+    cloud = Cloud({}, log_likelihood, jnp.arange(400), zero, zero, zero)
+    temperature = next_temperature(cloud, 0.6)
+    weights = np.asarray(jax.nn.softmax(temperature * log_likelihood))
+    np.testing.assert_allclose(1 / (weights**2).sum(), 0.6 * 300, rtol=1e-3)
+
+
+@pytest.mark.parametrize("memory", [0.2, 0.7, 0.95])
+def test_the_autocorrelation_is_that_within_modes(memory):
+    """Of autoregressive moves within two modes that no move leaves."""
+    rng = np.random.default_rng(0)
+    centre = 10 * rng.choice([-1.0, 1.0], size=(20_000, 3))
+    start = x = rng.standard_normal(centre.shape)
+    distance = [np.zeros(3)]
+    for _ in range(8):
+        x = memory * x + np.sqrt(1 - memory**2) * rng.standard_normal(centre.shape)
+        distance.append((((centre + x) - (centre + start)) ** 2).mean(0))
+    found = _autocorrelation(jnp.asarray(np.stack(distance)), jnp.asarray(8), jnp.ones(()))
+    np.testing.assert_allclose(found, memory**8, atol=0.03)
