@@ -50,8 +50,8 @@ def forms(quick: bool, sigma: float | None, noise: float) -> dict[str, Form]:
     seen = truth[:4] + noise * np.random.default_rng(0).standard_normal((4, 8))
     y = jnp.asarray(seen, jnp.float32)
     exact = Problem.from_model(_model, ScorePrior(flow), noise, y=y)
-    free = NUTS(*((50, 50, 4) if quick else (150, 100, 4)))
-    few = (10, 10, 1) if quick else (100, 150, 1)
+    free = NUTS(*((50, 50, 4) if quick else (200, 150, 4)))
+    few = (10, 10, 1) if quick else (150, 250, 1)
     centred = NUTS(*few, centred=True, max_tree_depth=5)
     found = {
         "non-centred": Form(free, exact),
