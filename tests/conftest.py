@@ -43,3 +43,18 @@ def as_user() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def stored_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of steps at which checkpoints are stored from now on."""
+    from scoreprior._run import Checkpoint
+
+    steps, save = [], Checkpoint.save
+
+    def recorded(self, done, state, chunks):
+        steps.append(done)
+        save(self, done, state, chunks)
+
+    monkeypatch.setattr(Checkpoint, "save", recorded)
+    return steps

@@ -11,6 +11,17 @@ import numpy as np
 from scoreprior.denoise import Gaussian, GaussianMixture
 from scoreprior.gaussian import Moments
 
+# A Gaussian and a mixture in two dimensions, each with a linear observation, for every engine.
+GAUSSIAN = Gaussian(Moments.dense(jnp.array([0.5, -1.0]), jnp.array([[1.0, 0.6], [0.6, 0.8]])))
+MIXTURE = GaussianMixture.full(
+    jnp.array([0.4, 0.6]),
+    jnp.array([[-1.0, 0.5], [1.0, -0.5]]),
+    jnp.array([[[0.5, 0.2], [0.2, 0.4]], [[0.3, -0.1], [-0.1, 0.6]]]),
+)
+A_G, Y_G, SD_G = jnp.array([[1.0, 1.0]]), jnp.array([2.5]), 0.7
+A_M, Y_M = jnp.array([[0.5, 1.0], [1.0, 0.0]]), jnp.array([0.9, 0.4])
+COV_M = jnp.array([[1.0, 0.3], [0.3, 0.8]])
+
 
 def at_level(law, sigma):
     """The exact law of `X + sigma N`."""

@@ -1,5 +1,6 @@
 """The demo end to end on a short run, its summary, and one line for every bad argument."""
 
+import dataclasses
 import re
 
 import jax
@@ -42,6 +43,27 @@ def test_a_folder_that_cannot_be_made_gives_one_line(capsys, tmp_path):
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "argument --output: must be a folder that can be written to" in line
+
+
+def test_a_bad_argument_makes_no_folder(tmp_path):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--output", str(tmp_path / "new"), "--noise", "-1"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_six_steps_are_as_exact_as_the_demo_says():
+    prior = sp.load("digits")
+    flow = cli._coarse(prior).flow
+    fine = sp.Flow(
+        flow.denoiser,
+        flow.moments,
+        sigma_min=flow.sigma_min,
+        sigma_max=flow.sigma_max,
+        solver=dataclasses.replace(flow.solver, num_steps=60),
+    )
+    u = jax.random.normal(jax.random.key(0), (200, 8, 8), prior.flow.moments.mean.dtype)
+    coarse, exact = (jax.jit(jax.vmap(each.to_data))(u) for each in (flow, fine))
+    assert 0.03 < float(jnp.sqrt(jnp.mean((coarse - exact) ** 2))) < 0.05
 
 
 def test_no_command_gives_one_line(capsys):

@@ -3,10 +3,7 @@
 import functools
 import os
 import signal
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +15,7 @@ import xarray as xr
 from blackjax import nuts
 
 import scoreprior._run as run_module
-from scoreprior._run import Checkpoint
+from killing import kill_a_run
 from scoreprior.denoise import Gaussian
 from scoreprior.density import FlowDensity, ScoreGradient, ScoreOnly
 from scoreprior.flow import FixedGrid, Flow
@@ -210,48 +207,13 @@ def test_ctrl_c_in_the_warm_up_has_nothing_to_return(monkeypatch):
         draw()
 
 
-def killed_run(path):
-    """Run in this process until the fifth chunk is stored, then die at once."""
-    save = Checkpoint.save
-
-    def save_and_die(self, done, state, chunks):
-        save(self, done, state, chunks)
-        if done == 35:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Checkpoint.save = save_and_die
-    draw(checkpoint=path)
-
-
-def test_a_killed_run_resumes_bit_for_bit(reference, tmp_path):
-    script = (
-        "import sys, pathlib, conftest, jax\n"
-        "jax.config.update('jax_numpy_rank_promotion', 'allow')\n"
-        "import test_infer\n"
-        "test_infer.killed_run(pathlib.Path(sys.argv[1]))\n"
-    )
-    tests = Path(__file__).parent
-    child = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "run")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
-        capture_output=True,
-        check=False,
-    )
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
-    steps = []
-    save = Checkpoint.save
-
-    def recorded(self, done, state, chunks):
-        steps.append(done)
-        save(self, done, state, chunks)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoint, "save", recorded)
-        draws = draw(checkpoint=tmp_path / "run")
-    assert steps == [42, 49, 54]
-    assert_same(draws, reference)
+def test_a_killed_run_resumes_bit_for_bit(reference, tmp_path, stored_steps):
+    kill_a_run("test_infer", 35, tmp_path / "run")
+    assert_same(draw(checkpoint=tmp_path / "run"), reference)
+    assert stored_steps == [42, 49, 54]
     # A finished run returns its draws without another step.
     assert_same(draw(checkpoint=tmp_path / "run"), reference)
+    assert stored_steps == [42, 49, 54]
 
 
 @pytest.fixture(scope="module")

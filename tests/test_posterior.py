@@ -8,26 +8,15 @@ import numpyro.distributions as dist
 import pytest
 
 import oracles
-from scoreprior.denoise import Gaussian, GaussianMixture
+from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
 from scoreprior.density import FlowDensity, ScoreGradient
 from scoreprior.flow import FixedGrid, Flow
-from scoreprior.gaussian import Moments
 from scoreprior.infer import infer
 from scoreprior.mcmc import NUTS
 from scoreprior.prior import ScorePrior
 from stats import assert_cov_of_chains, assert_masses, assert_mean_of_chains, chain_ess
 
 pytestmark = [pytest.mark.promotes_ranks, pytest.mark.slow]
-
-GAUSSIAN = Gaussian(Moments.dense(jnp.array([0.5, -1.0]), jnp.array([[1.0, 0.6], [0.6, 0.8]])))
-MIXTURE = GaussianMixture.full(
-    jnp.array([0.4, 0.6]),
-    jnp.array([[-1.0, 0.5], [1.0, -0.5]]),
-    jnp.array([[[0.5, 0.2], [0.2, 0.4]], [[0.3, -0.1], [-0.1, 0.6]]]),
-)
-A_G, Y_G, SD_G = jnp.array([[1.0, 1.0]]), jnp.array([2.5]), 0.7
-A_M, Y_M = jnp.array([[0.5, 1.0], [1.0, 0.0]]), jnp.array([0.9, 0.4])
-COV_M = jnp.array([[1.0, 0.3], [0.3, 0.8]])
 
 
 def build(denoiser, density=None, num_steps=8):

@@ -8,9 +8,9 @@ import numpyro.distributions as dist
 import pytest
 
 import oracles
-from scoreprior.denoise import Gaussian, GaussianMixture
+from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
+from scoreprior.denoise import GaussianMixture
 from scoreprior.flow import FixedGrid, Flow
-from scoreprior.gaussian import Moments
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
 from scoreprior.smc import HMCMoves, RandomWalkMoves, TemperedSMC
@@ -18,16 +18,6 @@ from scoreprior.smc.step import Cloud, _autocorrelation, next_temperature
 from stats import assert_mean_of_groups, require_power
 
 pytestmark = [pytest.mark.promotes_ranks, pytest.mark.slow]
-
-GAUSSIAN = Gaussian(Moments.dense(jnp.array([0.5, -1.0]), jnp.array([[1.0, 0.6], [0.6, 0.8]])))
-MIXTURE = GaussianMixture.full(
-    jnp.array([0.4, 0.6]),
-    jnp.array([[-1.0, 0.5], [1.0, -0.5]]),
-    jnp.array([[[0.5, 0.2], [0.2, 0.4]], [[0.3, -0.1], [-0.1, 0.6]]]),
-)
-A_G, Y_G, SD_G = jnp.array([[1.0, 1.0]]), jnp.array([2.5]), 0.7
-A_M, Y_M = jnp.array([[0.5, 1.0], [1.0, 0.0]]), jnp.array([0.9, 0.4])
-COV_M = jnp.array([[1.0, 0.3], [0.3, 0.8]])
 
 
 def build(denoiser, num_steps=5):

@@ -4,10 +4,7 @@ import functools
 import os
 import re
 import signal
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +15,7 @@ import pytest
 import xarray as xr
 
 import scoreprior._run as run_module
-from scoreprior._run import Checkpoint
+from killing import kill_a_run
 from scoreprior.denoise import Gaussian
 from scoreprior.density import ScoreOnly
 from scoreprior.flow import FixedGrid, Flow
@@ -170,49 +167,14 @@ def test_ctrl_c_at_the_prior_has_nothing_to_return(monkeypatch):
         draw()
 
 
-def killed_run(path):
-    """Run in this process until the third temperature is stored, then die at once."""
-    save = Checkpoint.save
-
-    def save_and_die(self, done, state, chunks):
-        save(self, done, state, chunks)
-        if done == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Checkpoint.save = save_and_die
-    draw(checkpoint=path)
-
-
-def test_a_killed_run_resumes_bit_for_bit(reference, tmp_path):
-    script = (
-        "import sys, pathlib, conftest, jax\n"
-        "jax.config.update('jax_numpy_rank_promotion', 'allow')\n"
-        "import test_smc_run\n"
-        "test_smc_run.killed_run(pathlib.Path(sys.argv[1]))\n"
-    )
-    tests = Path(__file__).parent
-    child = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "run")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
-        capture_output=True,
-        check=False,
-    )
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
-    steps = []
-    save = Checkpoint.save
-
-    def recorded(self, done, state, chunks):
-        steps.append(done)
-        save(self, done, state, chunks)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoint, "save", recorded)
-        assert_same(draw(checkpoint=tmp_path / "run"), reference)
-        num_steps = reference.extra["temperature"][1].shape[1]
-        assert steps == list(range(4, num_steps + 1))
-        # A finished run returns its draws without another step.
-        assert_same(draw(checkpoint=tmp_path / "run"), reference)
-        assert steps[-1] == num_steps == steps[num_steps - 4]
+def test_a_killed_run_resumes_bit_for_bit(reference, tmp_path, stored_steps):
+    kill_a_run("test_smc_run", 3, tmp_path / "run")
+    assert_same(draw(checkpoint=tmp_path / "run"), reference)
+    remaining = list(range(4, reference.extra["temperature"][1].shape[1] + 1))
+    assert stored_steps == remaining
+    # A finished run returns its draws without another step.
+    assert_same(draw(checkpoint=tmp_path / "run"), reference)
+    assert stored_steps == remaining
 
 
 def test_more_temperatures_may_be_asked_of_a_stopped_run(reference, tmp_path):

@@ -250,6 +250,7 @@ def test_where_selects_what_is_trained():
         ({"held_out": jnp.zeros((8, 3))}, r"held_out must hold events of shape \(2,\) like data"),
         ({"context": jnp.zeros((3, 1))}, "context of data must have one entry per event"),
         ({"where": lambda d: 3}, "where must select a part of the denoiser"),
+        ({"held_out_context": jnp.zeros((3, 1))}, "held_out_context belongs to held_out"),
         ({"patience": 3}, "patience counts .* needs held_out, got patience=3 and held_out=None"),
     ],
 )

@@ -109,7 +109,7 @@ def fit(
     held-out loss is no longer finite.
     """
     _check(num_steps, batch_size, evaluate_every, num_held_out_draws, averaging)
-    _check_patience(patience, held_out)
+    _check_held_out(held_out, held_out_context, patience)
     dtype = _dtype(where(denoiser))
     training = _data("data", data, context, dtype)
     testing = None if held_out is None else _data("held_out", held_out, held_out_context, dtype)
@@ -211,7 +211,11 @@ def _check(
         raise ValueError(f"averaging must lie in (0, 1), got {averaging}")
 
 
-def _check_patience(patience: int | None, held_out: Array | None) -> None:
+def _check_held_out(
+    held_out: Array | None, held_out_context: PyTree[Array], patience: int | None
+) -> None:
+    if held_out is None and held_out_context is not None:
+        raise ValueError("held_out_context belongs to held_out and so needs it, got held_out=None")
     if patience is None:
         return
     check_count("patience", patience)
