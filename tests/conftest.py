@@ -27,6 +27,19 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(autouse=True)
+def _memory_maps() -> Iterator[None]:
+    """Let compiled programs go before they fill the process's table of memory maps.
+
+    Each takes some twenty maps, and Linux allows 65,530: beyond that LLVM "cannot allocate memory",
+    however much there is, and the worker dies.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
 def _rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     """NumPyro and blackjax promote ranks inside: tests of them are marked `promotes_ranks`."""
     if request.node.get_closest_marker("promotes_ranks") is None:

@@ -90,6 +90,7 @@ def test_the_record_belongs_together(reference):
 
 def test_one_compilation_for_all_temperatures(reference):
     draw()
+    draw()
     before = NUM_TRACES[0]
     draw(key=jax.random.key(4))
     assert NUM_TRACES[0] == before
