@@ -88,7 +88,7 @@ def test_the_record_belongs_together(reference):
     np.testing.assert_allclose(lp, reference.stats["lp"], rtol=1e-10)
 
 
-def test_one_compilation_for_all_temperatures(reference):
+def test_one_compilation_for_all_temperatures():
     draw()
     draw()
     before = NUM_TRACES[0]
