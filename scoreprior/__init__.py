@@ -8,12 +8,12 @@ Six nouns, one verb each:
 - a **flow** maps noise to data and back (`Flow`);
 - a **prior** is a NumPyro distribution that samples and has a `log_prob` (`ScorePrior`);
 - a **problem** is what a NumPyro model with such a prior asks (`Problem`);
-- an **engine** runs and answers it (`NUTS`, `TemperedSMC`, through `infer`).
+- an **engine** runs and answers it (`NUTS`, `TemperedSMC`, `VI`, `Pathfinder`, through `infer`).
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreprior import denoise, nn, sample, train
+from scoreprior import denoise, nn, sample, train, vi
 from scoreprior.density import (
     BoundDensity,
     Exact,
@@ -31,6 +31,7 @@ from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
 from scoreprior.smc import TemperedSMC
+from scoreprior.vi import VI, Pathfinder, REDDiff
 
 try:
     __version__ = version("scoreprior")
@@ -39,6 +40,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "NUTS",
+    "VI",
     "Adaptive",
     "BoundDensity",
     "Dense",
@@ -51,7 +53,9 @@ __all__ = [
     "Hutchinson",
     "Isotropic",
     "Moments",
+    "Pathfinder",
     "Problem",
+    "REDDiff",
     "ScoreGradient",
     "ScoreOnly",
     "ScorePrior",
@@ -66,4 +70,5 @@ __all__ = [
     "sample",
     "save",
     "train",
+    "vi",
 ]

@@ -26,7 +26,7 @@ CONFIG, TENSORS = "config.json", "model.safetensors"
 class Kind(NamedTuple):
     """What sort of thing a folder holds.
 
-    The `noun` names it in messages, and its description in `config.json`; `writer` is what saves it.
+    `noun` names it in messages, and its description in `config.json`; `writer` is what saves it.
     """
 
     format: str

@@ -4,6 +4,9 @@ from scoreprior.vi.bounds import ELBO, IWELBO, AbstractBound
 from scoreprior.vi.engine import VI
 from scoreprior.vi.fitted import FittedGuide
 from scoreprior.vi.guides import IAF, AbstractGuide, FullRank, LowRank, MeanField
+from scoreprior.vi.pathfinder import Pathfinder
+from scoreprior.vi.paths import Paths
+from scoreprior.vi.red import REDDiff
 
 __all__ = [
     "ELBO",
@@ -16,4 +19,7 @@ __all__ = [
     "FullRank",
     "LowRank",
     "MeanField",
+    "Pathfinder",
+    "Paths",
+    "REDDiff",
 ]

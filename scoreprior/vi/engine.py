@@ -2,24 +2,16 @@
 
 import os
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
-from scoreprior._run import (
-    Checkpoint,
-    Chunk,
-    Draws,
-    Loop,
-    fingerprint,
-    key_words,
-    run_chunks,
-)
+from scoreprior._run import Checkpoint, Chunk, Draws, Loop, key_words, run_chunks
 from scoreprior._typing import Key, PyTree
 from scoreprior._util import check_count
 from scoreprior.problem import Problem
@@ -27,15 +19,7 @@ from scoreprior.vi.bounds import ELBO, AbstractBound, estimate
 from scoreprior.vi.fitted import LEAST_DRAWS, FittedGuide, data_of, draw
 from scoreprior.vi.frame import Frame, check_start, form, start
 from scoreprior.vi.guides import AbstractGuide
-
-LEARNING_RATE = 0.02
-
-
-class FitState(NamedTuple):
-    """What the next step needs."""
-
-    params: PyTree[Any]
-    optimizer: Any
+from scoreprior.vi.optimise import FitState, check_optimizer, identify, or_default, repeat, step
 
 
 class VI(eqx.Module):
@@ -75,12 +59,7 @@ class VI(eqx.Module):
         check_count("num_steps", self.num_steps)
         check_count("num_samples", self.num_samples, least=LEAST_DRAWS)
         check_count("chunk_size", self.chunk_size)
-        update = getattr(self.optimizer, "update", None)
-        if self.optimizer is not None and not callable(update):
-            raise TypeError(
-                f"optimizer must be an optax transformation such as optax.adam(0.01), got "
-                f"{self.optimizer!r}"
-            )
+        check_optimizer(self.optimizer)
 
     def run(
         self,
@@ -156,9 +135,7 @@ class VI(eqx.Module):
         )
 
     def _optimizer(self) -> optax.GradientTransformation:
-        if self.optimizer is not None:
-            return self.optimizer
-        return optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, self.num_steps))
+        return or_default(self.optimizer, self.num_steps)
 
     def _settings(
         self, problem: Problem, key: Key, state: FitState, log_density: Array
@@ -167,14 +144,12 @@ class VI(eqx.Module):
 
         Draws and `chunk_size` do not change it, and an optimiser is known by its first step.
         """
-        ones = jax.tree.map(jnp.ones_like, state.params)
-        first, _ = self._optimizer().update(ones, state.optimizer, state.params)
         return {
             "engine": type(self).__name__,
             "guide": repr(self.guide),
             "bound": repr(self.bound),
             "num_steps": self.num_steps,
-            "optimizer": [str(jax.tree.structure(state.optimizer)), fingerprint(first)],
+            "optimizer": identify(self._optimizer(), state),
             "centred": problem.is_centred,
             "key": key_words(key),
             "data": data_of(problem),
@@ -218,36 +193,24 @@ def _advance(
 ) -> tuple[FitState, dict[str, dict[str, Array]]]:
     """`count` steps from step number `start`; outputs have `chunk_size` rows."""
 
-    def body(i: Array, carry: Any) -> Any:
-        state, bounds, finite = carry
-        key_step = jax.random.fold_in(key, start + i)
-        state, bound, is_finite = _step(engine, problem, frame, state, key_step)
-        return state, bounds.at[i].set(bound), finite.at[i].set(is_finite)
+    def advance(state: FitState, number: Array) -> tuple[FitState, dict[str, dict[str, Array]]]:
+        return _step(engine, problem, frame, state, jax.random.fold_in(key, number))
 
-    bounds = jnp.zeros(engine.chunk_size, frame.loc.dtype)
-    finite = jnp.zeros(engine.chunk_size, bool)
-    state, bounds, finite = jax.lax.fori_loop(0, count, body, (state, bounds, finite))
-    return state, {"fit": {"bound": bounds, "is_finite": finite}}
+    return repeat(advance, state, start, count, engine.chunk_size)
 
 
 def _step(
     engine: VI, problem: Problem, frame: Frame, state: FitState, key: Key
-) -> tuple[FitState, Array, Bool[Array, ""]]:
-    """One step, left out where the bound or its gradient is not finite."""
-
+) -> tuple[FitState, dict[str, dict[str, Array]]]:
     def log_density(z: Array) -> Array:
         return problem.log_density(frame.position(z)) + frame.log_det
 
-    def loss(params: PyTree[Any]) -> Array:
-        return -estimate(engine.bound, engine.guide, params, log_density, key)
+    def loss(params: PyTree[Any]) -> tuple[Array, Array]:
+        bound = estimate(engine.bound, engine.guide, params, log_density, key)
+        return -bound, bound
 
-    value, gradient = jax.value_and_grad(loss)(state.params)
-    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, gradient))]
-    is_finite = jnp.stack(finite).all()
-    updates, optimizer = engine._optimizer().update(gradient, state.optimizer, state.params)
-    new = FitState(optax.apply_updates(state.params, updates), optimizer)
-    new = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state)
-    return new, -value, is_finite
+    state, bound, is_finite = step(engine._optimizer(), loss, state)
+    return state, {"fit": {"bound": bound, "is_finite": is_finite}}
 
 
 def _history(chunks: list[Chunk]) -> tuple[np.ndarray, int]:

@@ -89,7 +89,9 @@ class FittedGuide(eqx.Module):
         another library, and `FileExistsError` where `path` is something else.
         """
         if type(self.guide) not in GUIDES.values():
-            raise TypeError(f"guide must be one of {sorted(GUIDES)} to be saved, got {self.guide!r}")
+            raise TypeError(
+                f"guide must be one of {sorted(GUIDES)} to be saved, got {self.guide!r}"
+            )
         description = {
             "kind": type(self.guide).__name__,
             "settings": vars(self.guide),
@@ -163,7 +165,7 @@ def draw(fitted: FittedGuide, problem: Problem, key: Key, remedy: str, stackleve
     lp = np.asarray(_log_density(problem, positions))
     log_weight = lp - np.asarray(log_q)
     extra, weights = diagnose(log_weight)
-    extra["bound"] = ("step",), np.asarray(fitted.history)
+    extra["bound"] = (fitted.guide.history_axis,), np.asarray(fitted.history)
     stats = {"lp": lp, "log_weight": log_weight}
     warn_not_finite(log_weight, stacklevel + 1)
     warn_k_hat(float(extra["khat"][1]), fitted.num_samples, remedy, stacklevel + 1)

@@ -67,7 +67,9 @@ class Frame(eqx.Module):
         """The coordinates of `position`; `ValueError` for the wrong sites or shapes."""
         found = {name: jnp.shape(value) for name, value in position.items()}
         if found != dict(self.shapes):
-            raise ValueError(f"position must have sites and shapes {dict(self.shapes)}, got {found}")
+            raise ValueError(
+                f"position must have sites and shapes {dict(self.shapes)}, got {found}"
+            )
         ordered = {name: jnp.asarray(position[name], self.loc.dtype) for name, _ in self.shapes}
         return (ravel_pytree(ordered)[0] - self.loc) / self.scale
 

@@ -30,6 +30,8 @@ class AbstractGuide(eqx.Module):
 
     has_cheap_density: ClassVar[bool] = True
     """Whether the density of any point costs no more than a draw."""
+    history_axis: ClassVar[str] = "step"
+    """What the bounds of the fit are numbered by."""
 
     @abstractmethod
     def init(self, key: Key, size: int) -> PyTree[Any]:

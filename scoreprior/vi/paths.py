@@ -1,6 +1,6 @@
 """`Paths`: the mixture of normals that Pathfinder ends with."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from scoreprior.vi.guides import AbstractGuide
 class Paths(AbstractGuide):
     """An equal mixture of `num_paths` normals of any covariance, one per path of `Pathfinder`."""
 
+    history_axis: ClassVar[str] = "path"
     num_paths: int = eqx.field(static=True)
 
     def __check_init__(self):
