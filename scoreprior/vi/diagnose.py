@@ -1,10 +1,10 @@
 """How far a guide is from the posterior: importance weights, their tail, the evidence.
 
-With `n` draws `z_i` of the guide and `w_i = p(y, z_i) / q(z_i)`, `mean_i log w_i` estimates the ELBO
-and `mean_i w_i` the evidence `p(y)`, without bias. k-hat is the shape of the generalised Pareto
-distribution fitted to the largest `w_i` (Vehtari, Simpson, Gelman, Yao & Gabry 2024, "Pareto
-smoothed importance sampling"): above `min(1 - 1 / log10(n), 0.7)` weighted estimates cannot be
-trusted. A mode that no draw comes near leaves no trace in k-hat: the evidence is then too low by
+With `n` draws `z_i` of the guide and `w_i = p(y, z_i) / q(z_i)`, the mean of `log w_i` estimates
+the ELBO and that of `w_i` the evidence `p(y)`, without bias. k-hat is the shape of the generalised
+Pareto distribution fitted to the largest `w_i` (Vehtari, Simpson, Gelman, Yao & Gabry 2024,
+"Pareto smoothed importance sampling"): above `min(1 - 1 / log10(n), 0.7)` weighted estimates cannot
+be trusted. A mode that no draw comes near leaves no trace in k-hat: the evidence is then too low by
 the log of the mass that is missing.
 """
 
