@@ -87,9 +87,9 @@ def main() -> None:
     options = parser.parse_args()
     quick, runs = options.quick, 1 if options.quick else options.runs
     forms: dict[str, tuple[Problem, bool, int]] = {
-        "non-centred": (problem(FlowDensity()), False, 200 if quick else 1000),
-        ODE: (problem(FlowDensity()), True, 40 if quick else 200),
-        "centred, BoundDensity(32)": (problem(BoundDensity(32)), True, 200 if quick else 1000),
+        "non-centred": (problem(FlowDensity()), False, 200 if quick else 600),
+        ODE: (problem(FlowDensity()), True, 40 if quick else 100),
+        "centred, BoundDensity(32)": (problem(BoundDensity(32)), True, 200 if quick else 600),
     }
     curves: dict[str, dict[float, Curve]] = {}
     engines: dict[tuple[str, float], VI] = {}
