@@ -81,11 +81,9 @@ def noise_precision():
     return np.asarray(jnp.eye(2) + slope.T @ slope / SD**2)
 
 
-@pytest.mark.parametrize(
-    ("guide", "centred"), [(FullRank(), False), (FullRank(), True), (LowRank(1), False)]
-)
-def test_a_gaussian_posterior_is_found_exactly(guide, centred):
-    draws = run(VI(guide, 1500, 40_000, centred=centred))
+@pytest.mark.parametrize("guide", [FullRank(), LowRank(1)], ids=repr)
+def test_a_gaussian_posterior_is_found_exactly(guide):
+    draws = run(VI(guide, 1500, 40_000))
     assert abs(number(draws, "elbo") - LOG_EVIDENCE) < 1e-3
     assert abs(number(draws, "log_evidence") - LOG_EVIDENCE) < 1e-3
     # Where the weights do not vary, neither estimate has an error: the landing was stuck.
@@ -112,7 +110,7 @@ def test_mean_field_has_the_conditional_variances_and_the_known_gap():
     # The tail is that of the direction in which the guide is narrowest, 1 - var_q / var_p.
     ratio = np.linalg.eigvalsh(np.diag(1 / np.sqrt(np.diag(precision))) @ precision
                                @ np.diag(1 / np.sqrt(np.diag(precision)))).min()  # fmt: skip
-    assert 0.7 < 1 - ratio
+    assert 1 - ratio > 0.7
     assert number(draws, "khat") > largest_k_hat(1000)
 
 
@@ -241,13 +239,6 @@ def test_paths_to_several_modes_add_up():
     ess = 1 / (1 / 20_000 + (1 + ratios.var() / ratios.mean() ** 2) / 20_000)
     x = values(draws)
     assert_masses((x[:, 0] > 0).astype(int), masses, ess=ess)
-
-
-def test_pathfinder_is_nearly_exact_on_a_gaussian():
-    draws = run(Pathfinder(2, 1000))
-    assert abs(number(draws, "log_evidence") - LOG_EVIDENCE) < 0.02
-    assert LOG_EVIDENCE - 0.1 < number(draws, "elbo") < LOG_EVIDENCE + 5 * number(draws, "elbo_se")
-    assert draws.extra["bound"][0] == ("path",)
 
 
 @pytest.mark.parametrize("density", [FlowDensity(), BoundDensity(256)], ids=["flow", "bound"])

@@ -19,7 +19,15 @@ from scoreprior.vi.bounds import ELBO, AbstractBound, estimate
 from scoreprior.vi.fitted import LEAST_DRAWS, FittedGuide, data_of, draw
 from scoreprior.vi.frame import Frame, check_start, form, start
 from scoreprior.vi.guides import AbstractGuide
-from scoreprior.vi.optimise import FitState, check_optimizer, identify, or_default, repeat, step
+from scoreprior.vi.optimise import (
+    FitState,
+    check_optimizer,
+    describe,
+    identify,
+    or_default,
+    repeat,
+    step,
+)
 
 
 class VI(eqx.Module):
@@ -146,8 +154,8 @@ class VI(eqx.Module):
         """
         return {
             "engine": type(self).__name__,
-            "guide": repr(self.guide),
-            "bound": repr(self.bound),
+            "guide": describe(self.guide),
+            "bound": describe(self.bound),
             "num_steps": self.num_steps,
             "optimizer": identify(self._optimizer(), state),
             "centred": problem.is_centred,

@@ -19,6 +19,7 @@ from scoreprior.problem import Position, Problem
 from scoreprior.vi.diagnose import diagnose, warn_k_hat, warn_not_finite
 from scoreprior.vi.frame import Frame
 from scoreprior.vi.guides import IAF, AbstractGuide, FullRank, LowRank, MeanField
+from scoreprior.vi.optimise import describe
 from scoreprior.vi.paths import Paths
 
 KIND = files.Kind("scoreprior.guide", 1, "guide", "FittedGuide.save")
@@ -150,7 +151,7 @@ class FittedGuide(eqx.Module):
 
     def __repr__(self) -> str:
         steps = f"{len(self.history)} steps"
-        return f"FittedGuide({self.guide!r}, {self.frame.size} coordinates, {steps})"
+        return f"FittedGuide({describe(self.guide)}, {self.frame.size} coordinates, {steps})"
 
 
 def data_of(problem: Problem) -> str:

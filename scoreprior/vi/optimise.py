@@ -21,6 +21,12 @@ class FitState(NamedTuple):
     optimizer: Any
 
 
+def describe(module: Any) -> str:
+    """A module of plain settings with all of them, defaults included."""
+    settings = ", ".join(f"{name}={value!r}" for name, value in vars(module).items())
+    return f"{type(module).__name__}({settings})"
+
+
 def check_optimizer(optimizer: Any) -> None:
     """Raise `TypeError` unless `optimizer` is an optax transformation or `None`."""
     if optimizer is not None and not callable(getattr(optimizer, "update", None)):
