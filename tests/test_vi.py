@@ -278,7 +278,9 @@ def test_centred_inference_of_a_mixture_with_published_densities(density):
     truth = float(law.log_evidence(A_M, Y_M, COV_M)) + shift
     draws = run(VI(FullRank(), 600, 8000, centred=True, resample=True), Problem.from_model(model))
     se = number(draws, "log_evidence_se")
-    assert abs(number(draws, "log_evidence") - truth) <= 5 * np.hypot(se, error.std() / np.sqrt(2000))
+    assert abs(number(draws, "log_evidence") - truth) <= 5 * np.hypot(
+        se, error.std() / np.sqrt(2000)
+    )
     mean, covariance = oracles.moments(exact)
     assert_mean(values(draws), mean, ess=2500, bias=0.15)
     assert_cov(values(draws), covariance, ess=2500, bias=0.3)
