@@ -22,7 +22,7 @@ from scoreprior.density import (
     ScoreGradient,
     ScoreOnly,
 )
-from scoreprior.flow import Adaptive, FixedGrid, Flow
+from scoreprior.flow import Adaptive, FixedGrid, Flow, Multistep
 from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
@@ -51,6 +51,7 @@ __all__ = [
     "Hutchinson",
     "Isotropic",
     "Moments",
+    "Multistep",
     "Problem",
     "ScoreGradient",
     "ScoreOnly",
