@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from scoreprior._run import Chunk, fingerprint, key_words
+from scoreprior._run import Chunk, Draws, fingerprint, key_words
 from scoreprior._typing import Key
 from scoreprior.problem import Problem
 from scoreprior.smc.moves import AbstractMoves
@@ -99,8 +99,51 @@ def draw_rows(key: Key, weights: Array, num_groups: int, num_samples: int) -> Ar
     return jax.random.permutation(key_order, rows, axis=1, independent=True)
 
 
-def warn_unfinished(why: str, temperature: float, remedy: str) -> None:
-    """The clouds are not at the posterior."""
+def is_finished(outputs: Mapping[str, Mapping[str, np.ndarray]]) -> bool:
+    """Whether every group has come to temperature one."""
+    return bool(np.all(outputs["record"]["temperature"][-1] >= 1))
+
+
+def describe(outputs: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+    """The last temperature, for the progress bar."""
+    record = {name: values[-1] for name, values in outputs["record"].items()}
+    return (
+        f"temperature {record['temperature'].min():.3g}, ESS {record['ess'].min():.0f}, "
+        f"{record['num_moves'].max()} moves"
+    )
+
+
+def warn_clouds(engine: Any, draws: Draws, finished: bool) -> None:
+    """Warn of clouds that are not at the posterior, collapsed, stuck or at odds."""
+    record = {name: values for name, (_, values) in draws.extra.items()}
+    if not finished:
+        _warn_unfinished(engine, draws.interrupted, record["temperature"][:, -1].min())
+        return
+    more = f"num_particles above {engine.num_particles}, or target_ess above {engine.target_ess}"
+    _warn_collapse(int(record["unique_ancestors"][:, -1].min()), engine.num_particles, more)
+    # The mean over groups, still moving, at the worst temperature.
+    _warn_acceptance(float(np.nanmean(record["acceptance_rate"], 0).min()), engine)
+    warn_groups(record["group_log_evidence"], more)
+
+
+def warn_groups(groups: np.ndarray, remedy: str) -> None:
+    """Warn where one group, or few, have all the weight."""
+    shares = np.exp(groups - groups.max())
+    if shares.sum() ** 2 / (shares**2).sum() < max(len(groups) / 2, 1):
+        warnings.warn(
+            f"groups disagree on the log evidence, from {groups.min():.3g} to "
+            f"{groups.max():.3g}, and the draws are mostly from the best: raise {remedy}",
+            stacklevel=4,
+        )
+
+
+def _warn_unfinished(engine: Any, interrupted: bool, temperature: float) -> None:
+    reached = f"max_temperatures = {engine.max_temperatures} reached"
+    why, remedy = (
+        ("interrupted", "run again with the same checkpoint to go on")
+        if interrupted
+        else (reached, "raise max_temperatures, or check the units of the noise")
+    )
     warnings.warn(
         f"{why} at temperature {temperature:.3g} of 1: the draws are from prior * "
         f"likelihood^temperature and not from the posterior; {remedy}",
@@ -108,9 +151,8 @@ def warn_unfinished(why: str, temperature: float, remedy: str) -> None:
     )
 
 
-def warn_collapse(record: Mapping[str, np.ndarray], num_particles: int, remedy: str) -> None:
-    """Few prior draws have descendants."""
-    if (fewest := int(record["unique_ancestors"][:, -1].min())) < FEW_ANCESTORS:
+def _warn_collapse(fewest: int, num_particles: int, remedy: str) -> None:
+    if fewest < FEW_ANCESTORS:
         warnings.warn(
             f"collapsed cloud: the {num_particles} particles of a group descend from only "
             f"{fewest} prior draws, so the masses of separate modes are unreliable; raise {remedy}",
@@ -118,23 +160,12 @@ def warn_collapse(record: Mapping[str, np.ndarray], num_particles: int, remedy: 
         )
 
 
-def warn_acceptance(record: Mapping[str, np.ndarray], target: float, remedy: str) -> None:
-    """Particles did not move: the mean over groups, still moving, at the worst temperature."""
-    worst = float(np.nanmean(record["acceptance_rate"], 0).min())
+def _warn_acceptance(worst: float, engine: Any) -> None:
+    target = engine.kernel.target_accept
     if worst < LOW_ACCEPTANCE * target:
+        remedy = engine.more_moves
         warnings.warn(
             f"the acceptance rate fell to {worst:.2g} (target {target}), so particles may not have "
             f"moved: {remedy}, or use the non-centred form (centred=False)",
-            stacklevel=4,
-        )
-
-
-def warn_groups(groups: np.ndarray, remedy: str) -> None:
-    """One group, or few, have all the weight."""
-    shares = np.exp(groups - groups.max())
-    if shares.sum() ** 2 / (shares**2).sum() < max(len(groups) / 2, 1):
-        warnings.warn(
-            f"groups disagree on the log evidence, from {groups.min():.3g} to "
-            f"{groups.max():.3g}, and the draws are mostly from the best: raise {remedy}",
             stacklevel=4,
         )

@@ -17,13 +17,12 @@ from scoreprior.problem import Problem
 from scoreprior.smc.moves import AbstractMoves, HMCMoves, check_fraction
 from scoreprior.smc.report import (
     check_start,
+    describe,
     history,
     identify,
+    is_finished,
     pool_evidence,
-    warn_acceptance,
-    warn_collapse,
-    warn_groups,
-    warn_unfinished,
+    warn_clouds,
 )
 from scoreprior.smc.resample import systematic
 from scoreprior.smc.step import Cloud, Rule, start, temper
@@ -137,18 +136,18 @@ class TemperedSMC(eqx.Module):
         def advance(clouds: Cloud, step: int, count: int) -> Any:
             return _advance(self, problem, clouds, key_steps, jnp.asarray(step))
 
-        loop = Loop(self.max_temperatures, 0, 1, _describe, _is_finished)
+        loop = Loop(self.max_temperatures, 0, 1, describe, is_finished)
         chunks, clouds, interrupted = run_chunks(
             advance, clouds, loop, progress=progress, checkpoint=store
         )
         if not chunks:
             raise KeyboardInterrupt("interrupted at the prior, before the first temperature")
-        finished = bool(np.all(np.asarray(clouds.temperature) >= 1))
+        finished = is_finished(chunks[-1].outputs)
         positions, stats = jax.tree.map(np.asarray, _finish(problem, clouds, key_end, finished))
         extra = pool_evidence(np.asarray(clouds.log_evidence, float), finished)
         cut = interrupted and not finished
         draws = Draws(problem, positions, stats, cut, extra | history(chunks))
-        self._warn(draws, finished)
+        warn_clouds(self, draws, finished)
         return draws
 
     def _rule(self) -> Rule:
@@ -167,28 +166,12 @@ class TemperedSMC(eqx.Module):
             max_autocorrelation=-1.0,
         )
 
-    def _warn(self, draws: Draws, finished: bool) -> None:
-        record = {name: values for name, (_, values) in draws.extra.items()}
-        if not finished:
-            reached = f"max_temperatures = {self.max_temperatures} reached"
-            why, remedy = (
-                ("interrupted", "run again with the same checkpoint to go on")
-                if draws.interrupted
-                else (reached, "raise max_temperatures, or check the units of the noise")
-            )
-            warn_unfinished(why, record["temperature"][:, -1].min(), remedy)
-            return
-        more = f"target_ess above {self.target_ess}"
-        warn_collapse(record, self.num_particles, f"num_particles, or {more}")
-        moves = (
-            f"raise max_moves above {self.max_moves}"
-            if self.num_ancestors is None
-            else f"lower num_ancestors below {self.num_ancestors}"
-        )
-        warn_acceptance(record, self.kernel.target_accept, moves)
-        warn_groups(
-            record["group_log_evidence"], f"num_particles above {self.num_particles}, or {more}"
-        )
+    @property
+    def more_moves(self) -> str:
+        """The remedy for particles that do not move."""
+        if self.num_ancestors is not None:
+            return f"lower num_ancestors below {self.num_ancestors}"
+        return f"raise max_moves above {self.max_moves}"
 
 
 @eqx.filter_jit
@@ -229,15 +212,3 @@ def _finish(
         return leaf.reshape(-1, *leaf.shape[2:])[chosen].reshape(leaf.shape)
 
     return jax.tree.map(take, (clouds.position, stats))
-
-
-def _is_finished(outputs: dict[str, dict[str, np.ndarray]]) -> bool:
-    return bool(np.all(outputs["record"]["temperature"][-1] >= 1))
-
-
-def _describe(outputs: dict[str, dict[str, np.ndarray]]) -> str:
-    record = {name: values[-1] for name, values in outputs["record"].items()}
-    return (
-        f"temperature {record['temperature'].min():.3g}, ESS {record['ess'].min():.0f}, "
-        f"{record['num_moves'].max()} moves"
-    )
