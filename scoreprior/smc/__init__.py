@@ -1,6 +1,7 @@
 """Sequential Monte Carlo engines on a `Problem`, with kernels by blackjax."""
 
 from scoreprior.smc.moves import AbstractMoves, HMCMoves, RandomWalkMoves
+from scoreprior.smc.nested import NestedSampling
 from scoreprior.smc.persistent import PersistentSMC
 from scoreprior.smc.resample import systematic
 from scoreprior.smc.tempered import TemperedSMC
@@ -8,6 +9,7 @@ from scoreprior.smc.tempered import TemperedSMC
 __all__ = [
     "AbstractMoves",
     "HMCMoves",
+    "NestedSampling",
     "PersistentSMC",
     "RandomWalkMoves",
     "TemperedSMC",
