@@ -257,7 +257,7 @@ def next_temperature(state: PersistentSMCState, target_ess: float) -> tuple[Scal
         return jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights).reshape(-1)
 
     target = jnp.log(target_ess * state.num_particles)
-    step = dichotomy(lambda step: log_ess(size(step)) - target, 0.0, 1 - now)
+    step = dichotomy(lambda step: log_ess(size(step)) - target, jnp.zeros_like(now), 1 - now)
     step = jnp.where(jnp.isnan(step), 0, step)
     temperature = jnp.where(step >= 1 - now, 1, now + step)
     return temperature, ess(size(temperature - now))

@@ -129,7 +129,7 @@ def next_temperature(cloud: Cloud, target_ess: float) -> Scalar:
     return jnp.where(step >= rest, 1, cloud.temperature + step)
 
 
-def weigh(log_likelihood: Float[Array, " n"], step: Scalar) -> Float[Array, " n"]:
+def weigh(log_likelihood: Float[Array, "*n"], step: Scalar) -> Float[Array, "*n"]:
     """`step * log_likelihood`, minus infinity where that is the log likelihood, even at step 0."""
     possible = jnp.isfinite(log_likelihood)
     return jnp.where(possible, step * jnp.where(possible, log_likelihood, 0), -jnp.inf)
