@@ -252,25 +252,25 @@ def next_temperature(state: PersistentSMCState, target_ess: float) -> tuple[Scal
     log_mixture = _log_mixture(state)
     now = state.tempering_param
 
-    def size(step: Scalar) -> Scalar:
-        log_weights = weigh(state.persistent_log_likelihoods, now + step) - log_mixture
-        return jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights).reshape(-1)
+    def log_weights(step: Scalar) -> Float[Array, " n"]:
+        power = weigh(state.persistent_log_likelihoods, now + step)
+        return (power - log_mixture).reshape(-1)
 
     target = jnp.log(target_ess * state.num_particles)
-    step = dichotomy(lambda step: log_ess(size(step)) - target, jnp.zeros_like(now), 1 - now)
+    step = dichotomy(lambda step: log_ess(log_weights(step)) - target, jnp.zeros_like(now), 1 - now)
     step = jnp.where(jnp.isnan(step), 0, step)
     temperature = jnp.where(step >= 1 - now, 1, now + step)
-    return temperature, ess(size(temperature - now))
+    return temperature, ess(log_weights(temperature - now))
 
 
 def _log_mixture(state: PersistentSMCState) -> Float[Array, "row particle"]:
     """`log mean_s likelihood^lam_s / Z_s`, infinite beyond the rows so far."""
     row = state.iteration + 1
     schedule = state.tempering_schedule.at[row].set(0)
-    log_weights, log_mean = compute_log_persistent_weights(
+    negative, log_mean = compute_log_persistent_weights(
         state.persistent_log_likelihoods, state.persistent_log_Z, schedule, row
     )
-    return -(log_weights + log_mean)
+    return -(negative + log_mean)
 
 
 @eqx.filter_jit
