@@ -36,7 +36,7 @@ def log_bayes_factor(first: DataTree, second: DataTree) -> LogBayesFactor:
 
 
 def _evidence(tree: DataTree, name: str) -> tuple[float, float]:
-    stats = tree["sample_stats"]
+    stats = tree["sample_stats"].to_dataset()
     if "log_evidence" not in stats:
         engine = str(tree.attrs.get("engine", "its engine")).partition("(")[0]
         raise ValueError(
@@ -54,7 +54,7 @@ def _evidence(tree: DataTree, name: str) -> tuple[float, float]:
 def _check_data(first: DataTree, second: DataTree) -> None:
     trees = {"first": first, "second": second}
     data = {
-        name: tree["observed_data"].data_vars if "observed_data" in tree.children else {}
+        name: dict(tree["observed_data"].data_vars) if "observed_data" in tree.children else {}
         for name, tree in trees.items()
     }
     sites = {name: sorted(map(str, values)) for name, values in data.items()}

@@ -206,7 +206,7 @@ def _grow(
     )
     logdensity_fn = tempered(problem, temperature)
 
-    def update(keys: Key, position: Any) -> tuple[Any, Any]:
+    def update(keys: Array, position: Any) -> tuple[Any, Any]:
         moved = move(rule, logdensity_fn, position, ensemble.step_size, idle, keys[0])
         return moved.particles.position, moved
 

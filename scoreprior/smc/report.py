@@ -3,6 +3,7 @@
 Groups are independent repetitions of one algorithm, in one compiled program.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -87,6 +88,7 @@ def history(chunks: list[Chunk]) -> dict[str, Any]:
     }
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def draw_rows(key: Key, weights: Array, num_groups: int, num_samples: int) -> Array:
     """Indices [group, num_samples] of draws from weighted particles, in the order of the groups.
 
