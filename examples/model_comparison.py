@@ -57,7 +57,7 @@ def main() -> None:
     x = prior.sample(key_x)
     y = blur(true_width) @ x + true_noise * jax.random.normal(key_y, (SIZE,))
 
-    engine = sp.PersistentSMC(200, 16, kernel=RandomWalkMoves())
+    engine = sp.PersistentSMC(150, 8, kernel=RandomWalkMoves())
     trees, exact = {}, {}
     level = GaussianMixture.diagonal(law.weights, law.components.mean, 0.3**2)
     for width, noise in CANDIDATES:
