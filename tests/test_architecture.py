@@ -22,7 +22,7 @@ LADDER = (
     {"io", "prior"},
     {"_run", "guide", "problem"},
     {"mcmc", "smc", "vi"},
-    {"check", "infer", "plot", "sbi"},
+    {"check", "compare", "infer", "plot", "sbi"},
     {"cli"},
 )
 RUNG = {name: rung for rung, names in enumerate(LADDER) for name in names}
@@ -44,7 +44,7 @@ DOORS = {
     "safetensors": {"io", "train", "mcmc", "infer"},
     "sklearn": {"cli"},
     "tqdm": {"_run", "train", "sbi", "cli"},
-    "xarray": {"infer", "sbi", "check", "plot"},
+    "xarray": {"compare", "infer", "sbi", "check", "plot"},
 }
 LAZY = {"dask", "diffrax", "matplotlib", "sklearn"}
 STANDARD = set(sys.stdlib_module_names)
