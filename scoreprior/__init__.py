@@ -14,7 +14,7 @@ Six nouns, one verb each:
 from importlib.metadata import PackageNotFoundError, version
 
 from scoreprior import denoise, nn, sample, train
-from scoreprior.compare import log_bayes_factor
+from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.density import (
     BoundDensity,
     Exact,
@@ -59,6 +59,7 @@ __all__ = [
     "ScoreOnly",
     "ScorePrior",
     "TemperedSMC",
+    "compare",
     "denoise",
     "infer",
     "load",

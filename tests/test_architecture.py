@@ -34,13 +34,14 @@ NEIGHBOURS = {("density", "flow"), ("io", "prior"), ("_util", "_typing")} | {
 # of the library: its demo writes a NumPyro model and summarises the result, as a user does.
 EVERYWHERE = {"equinox", "jax", "jaxtyping", "numpy"}
 DOORS = {
-    "arviz": {"infer", "sbi", "check", "plot", "cli"},
+    "arviz": {"compare", "infer", "sbi", "check", "plot", "cli"},
     "blackjax": {"mcmc", "smc", "vi"},
     "dask": {"sbi"},
     "diffrax": {"flow"},
     "matplotlib": {"plot"},
     "numpyro": {"prior", "problem", "vi", "infer", "sbi", "check", "cli"},
     "optax": {"train", "vi"},
+    "pandas": {"compare"},
     "safetensors": {"io", "train", "mcmc", "infer"},
     "sklearn": {"cli"},
     "tqdm": {"_run", "train", "sbi", "cli"},

@@ -9,7 +9,7 @@ import numpyro.distributions as dist
 import pytest
 
 import oracles
-from scoreprior.compare import log_bayes_factor
+from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.denoise import Gaussian
 from scoreprior.gaussian import Moments
 from scoreprior.infer import infer
@@ -97,3 +97,65 @@ def test_different_data_are_refused():
     del other["observed_data"]
     with pytest.raises(ValueError, match=r"same observed sites, got \['y'\] and \[\]"):
         log_bayes_factor(tree(**evidence), other)
+
+
+NAMES = ["a", "same", "moved", "wide"]
+
+
+def runs(*laws, num_draws=1000, **attrs):
+    """A tree for every (shift, scale) of iid standard normal draws of `x` [40]."""
+    rng = np.random.default_rng(0)
+    for shift, scale in laws:
+        x = shift + scale * rng.standard_normal((4, num_draws, 40))
+        groups = {
+            "posterior": {"x": x},
+            "sample_stats": {"lp": x[..., 0]},
+            "observed_data": {"y": np.ones(2)},
+        }
+        made = {"engine": "NUTS(num_warmup=5)", "sampling_time": 2.0, **attrs}
+        yield az.from_dict(groups, attrs={"/": made})
+
+
+def test_runs_on_one_law_agree_and_others_do_not():
+    table = compare(
+        *runs((0, 1), (0, 1), (0.15, 1), (0, 1.15)), names=["a", "same", "moved", "wide"]
+    )
+    assert table.index.tolist() == ["a", "same", "moved", "wide"]
+    z = table[["mean_z_rms", "sd_z_rms"]]
+    # The mean square of 40 independent z is 1 +- sqrt(2 / 40).
+    limit = np.sqrt(1 + GATE * np.sqrt(2 / 40))
+    assert (z.loc["same"] < limit).all()
+    assert z.loc["moved", "mean_z_rms"] > limit > z.loc["moved", "sd_z_rms"]
+    assert z.loc["wide", "sd_z_rms"] > limit > z.loc["wide", "mean_z_rms"]
+    assert table.loc["moved", "mean_shift"] == pytest.approx(0.15, abs=0.15)
+    # The sd of a median of 40 ratios, each +- 1 / sqrt(4000): 0.003.
+    assert table.loc["wide", "sd_ratio"] == pytest.approx(1.15, abs=0.015)
+
+
+def test_the_reference_has_no_agreement_with_itself_and_cost_is_a_rate():
+    table = compare(*runs((0, 1), (0, 1)))
+    assert table.index.tolist() == ["NUTS", "NUTS 2"]
+    assert table.loc["NUTS", ["mean_z_rms", "sd_ratio", "log_evidence"]].isna().all()
+    np.testing.assert_allclose(table["ess_per_second"], table["min_ess"] / 2.0)
+    assert (table["draws"] == 4000).all()
+
+
+def test_evidence_is_in_the_table():
+    table = compare(tree(), tree(log_evidence=-5.5, log_evidence_se=0.4))
+    assert table["log_evidence"].tolist() == pytest.approx([np.nan, -5.5], nan_ok=True)
+
+
+def test_bad_comparisons_are_refused():
+    first, second = runs((0, 1), (0, 1), num_draws=10)
+    with pytest.raises(ValueError, match="trees must be at least two, got 1"):
+        compare(first)
+    with pytest.raises(ValueError, match=r"names must be 2, one per tree, got \['a'\]"):
+        compare(first, second, names=["a"])
+    second["observed_data"]["y"] = ("y_dim_0", np.zeros(2))
+    with pytest.raises(ValueError, match="observed site 'y' differs"):
+        compare(first, second)
+    with pytest.raises(ValueError, match="must have one shape in all trees"):
+        compare(tree((1.0, 1.0)), next(runs((0, 1), num_draws=10)))
+    other = az.from_dict({"posterior": {"z": np.zeros((1, 5))}, "sample_stats": {}})
+    with pytest.raises(ValueError, match="must share a variable"):
+        compare(other, next(iter([az.from_dict({"posterior": {"x": np.zeros((1, 5))}})])))
