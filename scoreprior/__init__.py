@@ -8,12 +8,13 @@ Six nouns, one verb each:
 - a **flow** maps noise to data and back (`Flow`);
 - a **prior** is a NumPyro distribution that samples and has a `log_prob` (`ScorePrior`);
 - a **problem** is what a NumPyro model with such a prior asks (`Problem`);
-- an **engine** runs and answers it (`NUTS`, `TemperedSMC`, through `infer`).
+- an **engine** runs and answers it (`NUTS`, `TemperedSMC`, `NestedSampling`, through `infer`).
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from scoreprior import denoise, nn, sample, train
+from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.density import (
     BoundDensity,
     Exact,
@@ -30,7 +31,7 @@ from scoreprior.mcmc import NUTS
 from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
-from scoreprior.smc import TemperedSMC
+from scoreprior.smc import NestedSampling, PersistentSMC, TemperedSMC
 
 try:
     __version__ = version("scoreprior")
@@ -52,16 +53,20 @@ __all__ = [
     "Isotropic",
     "Moments",
     "Multistep",
+    "NestedSampling",
+    "PersistentSMC",
     "Problem",
     "ScoreGradient",
     "ScoreOnly",
     "ScorePrior",
     "TemperedSMC",
+    "compare",
     "denoise",
     "infer",
     "load",
     "load_images",
     "load_metadata",
+    "log_bayes_factor",
     "nn",
     "plot_posterior_images",
     "sample",

@@ -22,7 +22,7 @@ LADDER = (
     {"io", "prior"},
     {"_run", "guide", "problem"},
     {"mcmc", "smc", "vi"},
-    {"check", "infer", "plot", "sbi"},
+    {"check", "compare", "infer", "plot", "sbi"},
     {"cli"},
 )
 RUNG = {name: rung for rung, names in enumerate(LADDER) for name in names}
@@ -34,17 +34,18 @@ NEIGHBOURS = {("density", "flow"), ("io", "prior"), ("_util", "_typing")} | {
 # of the library: its demo writes a NumPyro model and summarises the result, as a user does.
 EVERYWHERE = {"equinox", "jax", "jaxtyping", "numpy"}
 DOORS = {
-    "arviz": {"infer", "sbi", "check", "plot", "cli"},
+    "arviz": {"compare", "infer", "sbi", "check", "plot", "cli"},
     "blackjax": {"mcmc", "smc", "vi"},
     "dask": {"sbi"},
     "diffrax": {"solver"},
     "matplotlib": {"plot"},
     "numpyro": {"prior", "problem", "vi", "infer", "sbi", "check", "cli"},
     "optax": {"train", "vi"},
+    "pandas": {"compare"},
     "safetensors": {"io", "train", "mcmc", "infer"},
     "sklearn": {"cli"},
     "tqdm": {"_run", "train", "sbi", "cli"},
-    "xarray": {"infer", "sbi", "check", "plot"},
+    "xarray": {"compare", "infer", "sbi", "check", "plot"},
 }
 LAZY = {"dask", "diffrax", "matplotlib", "sklearn"}
 STANDARD = set(sys.stdlib_module_names)
