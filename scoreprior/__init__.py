@@ -23,7 +23,7 @@ from scoreprior.density import (
     ScoreGradient,
     ScoreOnly,
 )
-from scoreprior.flow import Adaptive, FixedGrid, Flow
+from scoreprior.flow import Adaptive, FixedGrid, Flow, Multistep
 from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
@@ -52,6 +52,7 @@ __all__ = [
     "Hutchinson",
     "Isotropic",
     "Moments",
+    "Multistep",
     "NestedSampling",
     "PersistentSMC",
     "Problem",
