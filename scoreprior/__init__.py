@@ -13,7 +13,7 @@ Six nouns, one verb each:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreprior import denoise, nn, sample, train
+from scoreprior import denoise, nn, sample, train, vi
 from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.density import (
     BoundDensity,
@@ -32,6 +32,7 @@ from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
 from scoreprior.smc import NestedSampling, PersistentSMC, TemperedSMC
+from scoreprior.vi import VI, Pathfinder, REDDiff
 
 try:
     __version__ = version("scoreprior")
@@ -40,6 +41,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "NUTS",
+    "VI",
     "Adaptive",
     "BoundDensity",
     "Dense",
@@ -54,8 +56,10 @@ __all__ = [
     "Moments",
     "Multistep",
     "NestedSampling",
+    "Pathfinder",
     "PersistentSMC",
     "Problem",
+    "REDDiff",
     "ScoreGradient",
     "ScoreOnly",
     "ScorePrior",
@@ -72,4 +76,5 @@ __all__ = [
     "sample",
     "save",
     "train",
+    "vi",
 ]
