@@ -25,6 +25,7 @@ from scoreprior.mcmc.tuned import AbstractTunedChains
 from scoreprior.problem import Problem
 
 MIN_ACCEPTANCE = 0.5
+MIN_FOLD = 4
 
 
 class ChEES(AbstractTunedChains):
@@ -102,6 +103,7 @@ class ChEES(AbstractTunedChains):
         logdensity_fn: Callable[[Any], Scalar],
         tuned: dict[str, Array],
     ) -> tuple[Any, dict[str, Array]]:
+        before = chain.logdensity
         chain, info = blackjax.dynamic_hmc.build_kernel(
             next_random_arg_fn=lambda number: number + 1,
             integration_steps_fn=self._num_steps,
@@ -113,10 +115,11 @@ class ChEES(AbstractTunedChains):
             tuned["inverse_mass_matrix"],
             (tuned["trajectory_length"] / tuned["step_size"],),
         )
+        kinetic = ravel_pytree(info.momentum)[0] ** 2 @ tuned["inverse_mass_matrix"] / 2
         return chain, {
             "acceptance_rate": info.acceptance_rate,
             "diverging": info.is_divergent,
-            "energy": info.energy,
+            "energy": kinetic - before,
             "n_steps": info.num_integration_steps,
         }
 
@@ -139,7 +142,7 @@ class MEADS(AbstractTunedChains):
     each fold of chains using those of another. Draws are exact.
 
     **Arguments:** `num_warmup`, at least 1, and `num_samples`: steps per chain; `num_chains`, a
-    multiple of `num_folds` and at least twice as many, better 16 times. `centred`: sample `x` with
+    multiple of `num_folds` and at least 4 times as many, better 16 times. `centred`: sample `x` with
     the prior's density policy, rather than its noise. `num_folds`: parts of the ensemble.
     `step_size_multiplier`: step size in units of the largest stable one. `damping_slowdown`: larger
     values damp more in early steps. `thinning`: steps, that is gradients, per draw. `chunk_size`:
@@ -161,10 +164,10 @@ class MEADS(AbstractTunedChains):
         check_count("num_folds", self.num_folds)
         check_positive("step_size_multiplier", self.step_size_multiplier)
         check_positive("damping_slowdown", self.damping_slowdown)
-        if self.num_chains % self.num_folds or self.num_chains < 2 * self.num_folds:
+        if self.num_chains % self.num_folds or self.num_chains < MIN_FOLD * self.num_folds:
             raise ValueError(
-                f"num_chains must be a multiple of num_folds = {self.num_folds}, with at least 2 "
-                f"chains in each fold, got {self.num_chains}"
+                f"num_chains must be a multiple of num_folds = {self.num_folds}, with at least "
+                f"{MIN_FOLD} chains in each fold, got {self.num_chains}"
             )
 
     def init(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
@@ -180,13 +183,15 @@ class MEADS(AbstractTunedChains):
             self.damping_slowdown,
             adaptation_info_fn=lambda *_: None,
         )
-        (chains, found), _ = adaptation.run(key, chains.position, self.num_warmup)
+        key_run, key_revive = jax.random.split(key)
+        (chains, found), _ = adaptation.run(key_run, chains.position, self.num_warmup)
         tuned = {
             "step_size": found["step_size"],
             "scale": ravel_pytree(found["momentum_inverse_scale"])[0],
             "alpha": found["alpha"],
             "delta": found["delta"],
         }
+        chains = _revive(key_revive, chains)
         return chains, _for_each(tuned, chains.logdensity)
 
     def kernel(
@@ -196,7 +201,7 @@ class MEADS(AbstractTunedChains):
         logdensity_fn: Callable[[Any], Scalar],
         tuned: dict[str, Array],
     ) -> tuple[Any, dict[str, Array]]:
-        chain, info = blackjax.ghmc.build_kernel()(
+        new, info = blackjax.ghmc.build_kernel()(
             key,
             chain,
             logdensity_fn,
@@ -205,10 +210,12 @@ class MEADS(AbstractTunedChains):
             tuned["alpha"],
             tuned["delta"],
         )
-        return chain, {
+        # Of a rejected step with a huge error blackjax makes 0 * inf: the slice only moved on.
+        moved = (chain.slice + 1 + tuned["delta"]) % 2 - 1
+        new = new._replace(slice=jnp.where(jnp.isnan(new.slice), moved, new.slice))
+        return new, {
             "acceptance_rate": info.acceptance_rate,
             "diverging": info.is_divergent,
-            "energy": info.energy,
             "n_steps": jnp.asarray(info.num_integration_steps),
         }
 
@@ -224,6 +231,18 @@ class MEADS(AbstractTunedChains):
 
     def remedy(self) -> str:
         return f"lower step_size_multiplier below {self.step_size_multiplier}"
+
+
+def _revive(key: Key, chains: Any) -> Any:
+    """Chains that blackjax's warm-up stopped for good (slice NaN) go on from a random other one."""
+    dead = jnp.isnan(chains.slice)
+    key_source, key_slice = jax.random.split(key)
+    alive = jnp.where(dead.all(), 1.0, ~dead)
+    other = jax.random.choice(key_source, len(dead), dead.shape, p=alive / alive.sum())
+    source = jnp.where(dead, other, jnp.arange(len(dead)))
+    new = jax.tree.map(lambda leaf: leaf[source], chains)
+    slices = jax.random.uniform(key_slice, dead.shape, chains.slice.dtype, -1, 1)
+    return new._replace(slice=jnp.where(dead, slices, chains.slice))
 
 
 def _for_each(tuned: dict[str, Array], like: Array) -> dict[str, Array]:
