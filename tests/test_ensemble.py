@@ -44,7 +44,7 @@ def test_posterior_of_a_gaussian_and_a_mixture_prior(name):
 
 
 SIZE = 4  # numbers in both images of the two priors
-BOUND = 0.05  # largest relative distance that the test below would let pass
+LARGEST = 0.08  # relative bias that may go unseen
 
 
 def check_bias(tree, desired_energy_var):
@@ -54,7 +54,7 @@ def check_bias(tree, desired_energy_var):
     `-cov(f, delta)`, at most `sd(f) sd(delta)`.
     """
     step_size = tree["sample_stats"]["step_size"].values.mean()
-    distance = SIZE * np.sqrt(SIZE * desired_energy_var) / step_size
+    distance = SIZE * np.sqrt(desired_energy_var) / step_size
     laws = {
         "g": oracles.posterior(build(GAUSSIAN), A_G, Y_G, jnp.eye(1) * SD_G**2),
         "m": oracles.posterior(build(MIXTURE), A_M, Y_M, COV_M),
@@ -68,13 +68,13 @@ def check_bias(tree, desired_energy_var):
         truth = np.concatenate([np.zeros(2), covariance.reshape(-1)])
         sd = values.std((0, 1))
         allowed = distance * sd + GATE * sd / np.sqrt(chain_ess(values))
-        assert (allowed <= BOUND * sd * 2).all(), "no power"
+        assert (allowed <= LARGEST * sd).all(), "no power"
         assert (np.abs(values.mean((0, 1)) - truth) <= allowed).all(), "more bias than stated"
 
 
 @pytest.mark.slow
 def test_the_bias_of_mclmc_is_what_it_states():
-    engine = MCLMC(1000, 150, 256, desired_energy_var=1e-5, thinning=4, chunk_size=150)
+    engine = MCLMC(800, 150, 256, desired_energy_var=1e-5, thinning=4, chunk_size=150)
     model, key = two_priors(None), jax.random.key(1)
     tree = infer(model, engine, Y_G, Y_M, key=key, progress=False)
     check_bias(tree, 1e-5)
@@ -177,7 +177,8 @@ def test_a_chain_that_met_a_huge_error_goes_on():
     engine = SMALL["MEADS"]
     chain = engine.init({"x": jnp.array([0.3, -0.2])}, lambda p: -0.5 * (p["x"] ** 2).sum())
     cliff = functools.partial(engine.kernel, logdensity_fn=lambda p: -1e6 * (p["x"] ** 2).sum())
-    tuned = {"step_size": 1.0, "scale": jnp.ones(2), "alpha": 0.5, "delta": 0.25}
+    tuned = {"step_size": 1.0, "scale": np.ones(2), "alpha": 0.5, "delta": 0.25}
+    tuned = jax.tree.map(jnp.asarray, tuned)
     new, stats = cliff(KEY, chain, tuned=tuned)
     assert stats["diverging"]
     np.testing.assert_allclose(new.slice, (chain.slice + 1.25) % 2 - 1)
@@ -197,17 +198,14 @@ def test_chains_stopped_in_the_warm_up_go_on_from_others():
 
 
 def test_a_warm_up_without_a_result_is_refused():
-    engine = SMALL["MCLMC"]
-    state = engine.init({"x": jnp.ones(2)}, lambda p: -0.5 * (p["x"] ** 2).sum())
-    frozen = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+    class Broken(MCLMC):
+        def tune_one(self, key, chain, logdensity_fn, start):
+            return chain, start._replace(step_size=jnp.where(chain.position["x"][0] < 0, 1.0, 0.0))
 
-    class Walled:
-        @staticmethod
-        def log_density(position):
-            return jnp.where((position["x"] == 1.0).all(), 0.0, jnp.nan)
-
-    with pytest.raises(ValueError, match=r"the warm-up failed: \w+ is not positive and finite for"):
-        engine.first(Walled, frozen, KEY)
+    with pytest.raises(
+        ValueError, match=r"failed: step_size is not positive and finite for \d of 9"
+    ):
+        draw(Broken(60, 12, 9))
 
 
 @pytest.mark.parametrize(
@@ -235,9 +233,5 @@ def test_bad_settings(build_engine, message):
 
 @pytest.mark.parametrize("engine", [MCLMC(), AdjustedMCLMC()], ids=["MCLMC", "AdjustedMCLMC"])
 def test_one_number_is_too_few_for_a_momentum_of_constant_length(engine):
-    def model(y):
-        numpyro.sample("y", dist.Normal(numpyro.sample("a", dist.Normal()), 1.0), obs=y)
-
-    of = Problem.from_model(model, jnp.array(0.3))
     with pytest.raises(ValueError, match="at least 2 numbers, got 1: take NUTS"):
-        engine.run(of, KEY, progress=False)
+        engine.init({"x": jnp.ones(1)}, lambda position: position["x"].sum())
