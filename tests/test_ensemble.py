@@ -122,18 +122,20 @@ def test_a_stopped_run_resumes_bit_for_bit_without_another_warm_up(name, tmp_pat
     engine, save = SMALL[name], Checkpoint.save
     reference = draw(engine)
 
-    def stopping(self, done, state, chunks):
-        save(self, done, state, chunks)
-        if done == stop_at:
-            raise Stopped
+    # As soon as the warm-up is stored, then in the draws.
+    for last in (0, 5):
 
-    monkeypatch.setattr(Checkpoint, "save", stopping)
-    for stop_at in (0, 5):  # as soon as the warm-up is stored, then in the draws
+        def stopping(self, done, state, chunks, last=last):
+            save(self, done, state, chunks)
+            if done == last:
+                raise Stopped
+
+        monkeypatch.setattr(Checkpoint, "save", stopping)
         with pytest.raises(Stopped):
             draw(engine, tmp_path / "run")
         # What the next calls must not do.
         monkeypatch.setattr(jax, "block_until_ready", None)
-    stop_at = None
+    monkeypatch.setattr(Checkpoint, "save", save)
     resumed = draw(engine, tmp_path / "run")
     for kind in ("positions", "stats"):
         first, second = getattr(reference, kind), getattr(resumed, kind)
@@ -173,7 +175,7 @@ def test_an_energy_error_over_the_steps_of_a_draw():
 
 
 def test_a_chain_that_met_a_huge_error_goes_on():
-    """blackjax turns the slice of such a step into NaN, after which nothing is accepted."""
+    """The slice comes back from blackjax as NaN, after which no step would be accepted."""
     engine = SMALL["MEADS"]
     chain = engine.init({"x": jnp.array([0.3, -0.2])}, lambda p: -0.5 * (p["x"] ** 2).sum())
     cliff = functools.partial(engine.kernel, logdensity_fn=lambda p: -1e6 * (p["x"] ** 2).sum())

@@ -29,19 +29,20 @@ MIN_FOLD = 4
 
 
 class ChEES(AbstractTunedChains):
-    """Jittered Hamiltonian Monte Carlo tuned by ChEES (Hoffman, Radul & Sountsov 2021), by blackjax.
+    """Jittered Hamiltonian Monte Carlo, tuned by ChEES (Hoffman, Radul & Sountsov 2021).
 
     The warm-up learns one step size, from the acceptance rate, and one trajectory length for all
     chains: the one that most changes the squared distance from the mean, by stochastic gradient
-    ascent over the ensemble (their equations 8 to 11). The length of each trajectory is a
-    quasi-random part of it, the same for all chains, so none waits for another. Draws are exact.
+    ascent over the ensemble, all by blackjax. The length of each trajectory is a quasi-random part
+    of it, the same for all chains, so none waits for another. Draws are exact.
 
-    **Arguments:** `num_warmup`, at least 1, and `num_samples`: trajectories per chain; `num_chains`,
-    at least 2, better dozens. `centred`: sample `x` with the prior's density policy, rather than
-    its noise. `target_accept`: harmonic mean of acceptance rates, between 0 and 1; the default is
-    optimal for large dimensions (Beskos et al. 2013). `max_leapfrog_steps`: gradients per trajectory
-    at most. `diagonal_mass`: learn a diagonal mass matrix in the second half of the warm-up; it
-    takes memory for the covariance of all coordinates. `step_size`: the first one.
+    **Arguments:** `num_warmup`, at least 1, and `num_samples`: trajectories per chain;
+    `num_chains`, at least 2, better dozens. `centred`: sample `x` with the prior's density policy,
+    rather than its noise. `target_accept`: harmonic mean of acceptance rates, between 0 and 1; the
+    default is optimal for large dimensions (Beskos et al. 2013). `max_leapfrog_steps`: gradients
+    per trajectory at most, in the warm-up. `diagonal_mass`: learn a diagonal mass matrix in the
+    second half of the warm-up; it takes memory for the covariance of all coordinates. `step_size`:
+    the first one.
     `learning_rate`: of Adam, on the log of the trajectory length. `thinning`: trajectories per
     draw. `chunk_size`: draws between two updates of the progress bar and of the checkpoint; it does
     not change them.
@@ -142,8 +143,8 @@ class MEADS(AbstractTunedChains):
     each fold of chains using those of another. Draws are exact.
 
     **Arguments:** `num_warmup`, at least 1, and `num_samples`: steps per chain; `num_chains`, a
-    multiple of `num_folds` and at least 4 times as many, better 16 times. `centred`: sample `x` with
-    the prior's density policy, rather than its noise. `num_folds`: parts of the ensemble.
+    multiple of `num_folds` and at least 4 times as many, better 16 times. `centred`: sample `x`
+    with the prior's density policy, rather than its noise. `num_folds`: parts of the ensemble.
     `step_size_multiplier`: step size in units of the largest stable one. `damping_slowdown`: larger
     values damp more in early steps. `thinning`: steps, that is gradients, per draw. `chunk_size`:
     draws between two updates of the progress bar and of the checkpoint; it does not change them.

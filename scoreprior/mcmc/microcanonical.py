@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from scoreprior._run import Draws
 from scoreprior._typing import Key, Scalar
-from scoreprior._util import check_count, check_positive
+from scoreprior._util import check_positive
 from scoreprior.mcmc.tuned import AbstractTunedChains
 from scoreprior.problem import Problem
 
@@ -76,10 +76,10 @@ class AbstractMicrocanonical(AbstractTunedChains):
 
 
 class MCLMC(AbstractMicrocanonical):
-    """Microcanonical Langevin Monte Carlo (Robnik, De Luca, Silverstein & Seljak 2023), by blackjax.
+    """Microcanonical Langevin Monte Carlo (Robnik, De Luca, Silverstein & Seljak 2023).
 
     **Approximate**: no step is ever rejected, so draws have a bias that vanishes only with the step
-    size. The warm-up (their section 4) sets the step size so that the energy changes in a step by
+    size. The warm-up, by blackjax, sets the step size so that the energy changes in a step by
     a variance of `desired_energy_var` per dimension; the average is one of logarithms, so where
     most of the variance comes from few steps, all of them have several times as much. The law of
     the draws differs from the target by a factor whose log changes by the energy error in one step,
