@@ -8,12 +8,13 @@ Six nouns, one verb each:
 - a **flow** maps noise to data and back (`Flow`);
 - a **prior** is a NumPyro distribution that samples and has a `log_prob` (`ScorePrior`);
 - a **problem** is what a NumPyro model with such a prior asks (`Problem`);
-- an **engine** runs and answers it (`NUTS`, `TemperedSMC`, through `infer`).
+- an **engine** runs and answers it (`NUTS`, `TemperedSMC`, `NestedSampling`, through `infer`).
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from scoreprior import denoise, nn, sample, train
+from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.density import (
     BoundDensity,
     Exact,
@@ -22,7 +23,7 @@ from scoreprior.density import (
     ScoreGradient,
     ScoreOnly,
 )
-from scoreprior.flow import Adaptive, FixedGrid, Flow
+from scoreprior.flow import Adaptive, FixedGrid, Flow, Multistep
 from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
@@ -30,7 +31,7 @@ from scoreprior.mcmc import MCLMC, MEADS, NUTS, AdjustedMCLMC, ChEES
 from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
-from scoreprior.smc import TemperedSMC
+from scoreprior.smc import NestedSampling, PersistentSMC, TemperedSMC
 
 try:
     __version__ = version("scoreprior")
@@ -55,16 +56,21 @@ __all__ = [
     "Hutchinson",
     "Isotropic",
     "Moments",
+    "Multistep",
+    "NestedSampling",
+    "PersistentSMC",
     "Problem",
     "ScoreGradient",
     "ScoreOnly",
     "ScorePrior",
     "TemperedSMC",
+    "compare",
     "denoise",
     "infer",
     "load",
     "load_images",
     "load_metadata",
+    "log_bayes_factor",
     "nn",
     "plot_posterior_images",
     "sample",
