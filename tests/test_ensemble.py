@@ -74,12 +74,12 @@ def check_bias(tree, desired_energy_var):
 
 @pytest.mark.slow
 def test_the_bias_of_mclmc_is_what_it_states():
-    engine = MCLMC(800, 150, 256, desired_energy_var=1e-5, thinning=4, chunk_size=150)
+    engine = MCLMC(600, 160, 128, desired_energy_var=1e-5, thinning=4, chunk_size=160)
     model, key = two_priors(None), jax.random.key(1)
     tree = infer(model, engine, Y_G, Y_M, key=key, progress=False)
     check_bias(tree, 1e-5)
     # A step far too large: a bias, which the check sees and the engine warns of.
-    engine = MCLMC(0, 150, 256, step_size=4.0, thinning=4, chunk_size=150)
+    engine = MCLMC(0, 150, 128, step_size=4.0, thinning=4, chunk_size=150)
     with pytest.warns(UserWarning, match=r"draws are more biased than that: take a smaller step"):
         tree = infer(model, engine, Y_G, Y_M, key=key, progress=False)
     with pytest.raises(AssertionError, match="more bias than stated"):
