@@ -27,7 +27,7 @@ from scoreprior.flow import Adaptive, FixedGrid, Flow, Multistep
 from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
-from scoreprior.mcmc import NUTS
+from scoreprior.mcmc import MCLMC, MEADS, NUTS, AdjustedMCLMC, ChEES
 from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
@@ -40,10 +40,14 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "MCLMC",
+    "MEADS",
     "NUTS",
     "VI",
     "Adaptive",
+    "AdjustedMCLMC",
     "BoundDensity",
+    "ChEES",
     "Dense",
     "Diagonal",
     "Exact",

@@ -40,7 +40,7 @@ DOORS = {
     "diffrax": {"solver"},
     "matplotlib": {"plot"},
     "numpyro": {"prior", "problem", "vi", "infer", "sbi", "check", "cli"},
-    "optax": {"train", "vi"},
+    "optax": {"mcmc", "train", "vi"},
     "pandas": {"compare"},
     "safetensors": {"io", "train", "mcmc", "infer"},
     "sklearn": {"cli"},

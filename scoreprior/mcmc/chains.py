@@ -16,7 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from scoreprior._run import Checkpoint, Draws, Loop, fingerprint, join, key_words, run_chunks
+from scoreprior._run import (
+    Checkpoint,
+    Draws,
+    Loop,
+    fingerprint,
+    join,
+    key_words,
+    run_chunks,
+    run_first,
+)
 from scoreprior._typing import Key
 from scoreprior._util import check_count
 from scoreprior.mcmc.start import start_chains
@@ -42,6 +51,11 @@ class AbstractChains(eqx.Module):
         check_count("num_chains", self.num_chains)
         check_count("chunk_size", self.chunk_size)
 
+    @property
+    def num_looped_warmup(self) -> int:
+        """How many steps of the warm-up are calls of `step`; `first` makes the others, at once."""
+        return self.num_warmup
+
     @abstractmethod
     def init(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
         """The state of one chain, with the fields `position` and `logdensity`."""
@@ -54,7 +68,7 @@ class AbstractChains(eqx.Module):
     def step(
         self, problem: Problem, state: Any, key: Key, number: Int[Array, ""]
     ) -> tuple[Any, dict[str, Any]]:
-        """All chains one step on; step `number` counts from the first of the warm-up.
+        """All chains one step on; step `number` counts from the first that the loop makes.
 
         The second result holds `positions` [chain, *site] by site and `stats` [chain] by name.
         """
@@ -87,13 +101,18 @@ class AbstractChains(eqx.Module):
         store = None
         if checkpoint is not None:
             store = Checkpoint(checkpoint, self._settings(problem, key, chains))
-        state = self.first(problem, chains, jax.random.fold_in(key_start, 1))
+
+        def first() -> Any:
+            return self.first(problem, chains, jax.random.fold_in(key_start, 1))
+
+        num_looped = self.num_looped_warmup
+        num_before = self.num_warmup - num_looped
+        state = run_first(first, num_before, progress=progress, checkpoint=store)
 
         def advance(state: Any, start: int, count: int) -> Any:
             return _advance(self, problem, state, key_steps, jnp.asarray(start), jnp.asarray(count))
 
-        num_steps = self.num_warmup + self.num_samples
-        loop = Loop(num_steps, self.num_warmup, self.chunk_size, self.describe)
+        loop = Loop(num_looped + self.num_samples, num_looped, self.chunk_size, self.describe)
         chunks, _, interrupted = run_chunks(
             advance, state, loop, progress=progress, checkpoint=store
         )
