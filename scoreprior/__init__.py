@@ -26,7 +26,20 @@ from scoreprior.flow import Adaptive, FixedGrid, Flow
 from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
-from scoreprior.mcmc import NUTS
+from scoreprior.mcmc import (
+    HMC,
+    MALA,
+    NUTS,
+    Barker,
+    DynamicHMC,
+    EllipticalSlice,
+    GivenValues,
+    GuideDraws,
+    LatentGaussian,
+    PriorDraws,
+    RandomWalk,
+    Slice,
+)
 from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
@@ -38,23 +51,34 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "HMC",
+    "MALA",
     "NUTS",
     "Adaptive",
+    "Barker",
     "BoundDensity",
     "Dense",
     "Diagonal",
+    "DynamicHMC",
+    "EllipticalSlice",
     "Exact",
     "FixedGrid",
     "Flow",
     "FlowDensity",
     "Fourier",
+    "GivenValues",
+    "GuideDraws",
     "Hutchinson",
     "Isotropic",
+    "LatentGaussian",
     "Moments",
+    "PriorDraws",
     "Problem",
+    "RandomWalk",
     "ScoreGradient",
     "ScoreOnly",
     "ScorePrior",
+    "Slice",
     "TemperedSMC",
     "denoise",
     "infer",
