@@ -1,7 +1,8 @@
 """What every Markov chain engine shares: start, chunks, checkpoints, draws that are kept.
 
 An engine says what a chain is at a position, `start`, what a run is at its chains, `first`, and how
-all chains make one step, `step`. They are pure functions of arrays, so a run is one compiled loop, called chunk by chunk.
+all chains make one step, `step`. They are pure functions of arrays, so a run is one compiled loop,
+called chunk by chunk.
 """
 
 import os
@@ -99,7 +100,9 @@ class AbstractChains(eqx.Module):
         state = self.first(problem, chains, jax.random.fold_in(key_start, 1))
 
         def advance(state: Any, start: int, count: int) -> Any:
-            return _advance(engine, problem, state, key_steps, jnp.asarray(start), jnp.asarray(count))
+            return _advance(
+                engine, problem, state, key_steps, jnp.asarray(start), jnp.asarray(count)
+            )
 
         num_steps = self.num_warmup + self.num_samples
         loop = Loop(num_steps, self.num_warmup, self.chunk_size, self.describe)

@@ -148,9 +148,7 @@ class Barker(AbstractKernelChains):
         # "inverse mass matrix" is thus the inverse of the covariance that was learned.
         dense = inverse_mass_matrix.ndim == 2
         precision = jnp.linalg.inv(inverse_mass_matrix) if dense else 1 / inverse_mass_matrix
-        new, info = blackjax.barker.build_kernel()(
-            key, chain, logdensity_fn, step_size, precision
-        )
+        new, info = blackjax.barker.build_kernel()(key, chain, logdensity_fn, step_size, precision)
         acceptance, diverging = refused_nan(info.acceptance_rate)
         return new, acceptance, {"diverging": diverging}
 

@@ -152,7 +152,7 @@ def start_chains(
     start: Callable[..., Any],
     key: Key,
     num_chains: int,
-    init: AbstractInit,
+    init: AbstractInit = PriorDraws(),
 ) -> Any:
     """States `start(position, logdensity_fn)` [chain, ...] where `init` says.
 
