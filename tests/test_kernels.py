@@ -53,7 +53,9 @@ KEY = jax.random.key(5)
 
 
 def build(denoiser, num_steps=8):
-    return ScorePrior(Flow(denoiser, denoiser.moments(), 0.1, FixedGrid(num_steps)))
+    return ScorePrior(
+        Flow(denoiser, denoiser.moments(), sigma_min=0.1, solver=FixedGrid(num_steps))
+    )
 
 
 GAUSS, MIX = build(GAUSSIAN, 1), build(MIXTURE)
@@ -77,9 +79,10 @@ Y = jnp.array([[-1.2, 0.3], [1.5, -1.4]])
 
 
 @functools.cache
-def problem(model, *args):
+def problem(model):
     """One object for each model, so that its compiled programs are shared."""
-    return Problem.from_model(model, *args)
+    data = {two_priors: (Y_G, Y_M), unknown_scale: (Y,), line: (LINE_Y,)}
+    return Problem.from_model(model, *data[model])
 
 
 @functools.cache
@@ -123,7 +126,7 @@ KERNELS = {
 @pytest.mark.parametrize("name", KERNELS)
 def test_posterior_of_a_gaussian_and_a_mixture_prior(name):
     engine, bias = KERNELS[name]
-    of = problem(two_priors, Y_G, Y_M)
+    of = problem(two_priors)
     result, values = draws(of, engine)
     check_two_priors(values, bias)
     with pytest.raises(AssertionError, match="outside 5 standard errors"):
@@ -138,7 +141,7 @@ def test_posterior_of_a_gaussian_and_a_mixture_prior(name):
     "engine", [EllipticalSlice(200, 500, 256), LatentGaussian(200, 500, 256)], ids=repr
 )
 def test_a_latent_scale_keeps_its_own_prior(engine):
-    _, values = draws(problem(unknown_scale, Y), engine)
+    _, values = draws(problem(unknown_scale), engine)
     scale = values["scale"][..., None]
 
     def check(location, width):
@@ -155,7 +158,7 @@ def test_a_latent_scale_keeps_its_own_prior(engine):
 
 
 def test_the_factor_times_the_normal_is_the_posterior():
-    of = problem(unknown_scale, Y)
+    of = problem(unknown_scale)
     location, scale = standardisation(of, KEY)
     # The median and half the central 68 % of 1000 draws of N(-0.5, 0.5^2): standard errors of
     # sqrt(pi / 2 n) and about 1 / sqrt(n) standard deviations.
@@ -170,7 +173,7 @@ def test_the_factor_times_the_normal_is_the_posterior():
     constant = jax.vmap(factor)(ws) + normal - jax.vmap(of.log_density)(zs)
     np.testing.assert_allclose(constant, constant[0], rtol=1e-12)
     # Where all latent sites are noise of priors, the factor is the likelihood.
-    of = problem(two_priors, Y_G, Y_M)
+    of = problem(two_priors)
     ws = jax.vmap(of.initial)(jax.random.split(KEY, 5))
     constant = jax.vmap(log_factor(of, *standardisation(of, KEY)))(ws)
     constant -= jax.vmap(of.log_likelihood)(ws)
@@ -183,7 +186,7 @@ def test_steps_have_the_learned_covariance(engine, dense):
     """Where the density is flat every proposal is accepted and its covariance is seen."""
     sd = jnp.array([0.1, 10.0])
     learned = jnp.outer(sd, sd) * jnp.array([[1.0, 0.8], [0.8, 1.0]]) if dense else sd**2
-    flat = lambda position: 0.0 * position["x"].sum()  # noqa: E731
+    flat = lambda position: 0.0 * position["x"].sum()
     chain = engine.start({"x": jnp.zeros(2)}, flat)
 
     def moved(key):
@@ -195,33 +198,32 @@ def test_steps_have_the_learned_covariance(engine, dense):
 
 def test_slices_are_as_wide_as_the_posterior():
     """A normal of very different scales: the learned ones make lines through it alike."""
-    sd, engine = jnp.array([0.01, 100.0]), Slice()
-    density = lambda position: -0.5 * jnp.sum((position["x"] / sd) ** 2)  # noqa: E731
+    sd, engine = jnp.array([0.1, 10.0]), Slice()
+    density = lambda position: -0.5 * jnp.sum((position["x"] / sd) ** 2)
 
-    def expansions(key, learned):
+    def one(key, learned):
         key_start, key = jax.random.split(key)
         start = engine.start({"x": sd * jax.random.normal(key_start, (2,))}, density)
         chain, _, stats = engine.kernel(key, start, density, jnp.asarray(2.5), learned)
         return chain.position["x"] / sd, stats["n_steps"]
 
-    keys = jax.random.split(KEY, 40_000)
-    run = jax.jit(jax.vmap(expansions, (0, None)))
-    scaled, cost = run(keys, sd**2)
-    assert_cov(scaled, jnp.eye(2))
-    unscaled_cost = run(keys[:1000], jnp.ones(2))[1]
-    assert cost.mean() < 6 < 8 < unscaled_cost.mean()
+    run = jax.jit(jax.vmap(one, (0, None)))
+    moved, cost = run(jax.random.split(KEY, 10_000), sd**2)
+    assert_cov(moved, jnp.eye(2), bias=0.1)
+    _, unscaled = run(jax.random.split(KEY, 1000), jnp.ones(2))
+    assert cost.mean() < 0.8 * unscaled.mean()
 
 
 def test_the_energy_is_that_of_the_draw():
-    """`E[energy - potential]` is the mean kinetic energy, half the number of coordinates."""
-    result, _ = draws(problem(line, LINE_Y), HMC(50, 400, 64, num_leapfrog=1, step_size=1.9))
+    """`energy + lp` is the kinetic energy, whose mean is half the number of coordinates."""
+    result, _ = draws(problem(line), HMC(60, 400, 64, num_leapfrog=2))
+    assert result.stats["acceptance_rate"].mean() < 0.95
     kinetic = (result.stats["energy"] + result.stats["lp"])[..., None]
-    assert result.stats["acceptance_rate"].mean() < 0.9
-    assert (kinetic >= -1e-9).all()
+    assert_mean_of_chains(kinetic, 1.5, bias=0.1)
 
 
 def test_the_numbers_of_leapfrog_steps_are_uniform_and_shared():
-    result, _ = draws(problem(line, LINE_Y), DynamicHMC(0, 400, 3, num_leapfrog=3, step_size=0.1))
+    result, _ = draws(problem(line), DynamicHMC(0, 400, 3, num_leapfrog=3, step_size=0.1))
     steps = result.stats["n_steps"]
     assert (steps == steps[:1]).all()
     numbers, counts = np.unique(steps[0], return_counts=True)
@@ -253,7 +255,7 @@ RESUMED = [
 
 @pytest.mark.parametrize("engine", RESUMED, ids=lambda engine: type(engine).__name__)
 def test_a_stopped_run_resumes_bit_for_bit(engine, tmp_path, monkeypatch):
-    of = problem(line, LINE_Y)
+    of = problem(line)
     expected = engine.run(of, KEY, progress=False)
     save = Checkpoint.save
 
@@ -303,7 +305,7 @@ class Guide:
 @pytest.mark.parametrize("source", [ROWS, as_tree(ROWS), as_tree(ROWS)["posterior"].dataset],
                          ids=["arrays", "tree", "dataset"])  # fmt: skip
 def test_chains_start_at_given_values(source, centred):
-    of = problem(line, LINE_Y)
+    of = problem(line)
     of = of.centred() if centred else of
     for num_chains, rows in ((2, [0, 2]), (4, [0, 1, 2, 3]), (8, [0, 0, 1, 1, 2, 2, 3, 3])):
         positions = GivenValues(source).positions(of, KEY, num_chains)
@@ -314,7 +316,7 @@ def test_chains_start_at_given_values(source, centred):
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_chains_start_at_draws_of_a_guide(centred):
-    of = problem(line, LINE_Y)
+    of = problem(line)
     drawn = Guide().sample(KEY, 3)
     expected = jax.vmap(of.constrain)(drawn)
     of = of.centred() if centred else of
@@ -325,7 +327,7 @@ def test_chains_start_at_draws_of_a_guide(centred):
 
 @pytest.mark.parametrize("kind", [NUTS, MALA, LatentGaussian, EllipticalSlice])
 def test_an_engine_starts_where_it_is_told(kind, monkeypatch):
-    of = problem(line, LINE_Y)
+    of = problem(line)
     seen = {}
     first = kind.first
 
@@ -341,7 +343,7 @@ def test_an_engine_starts_where_it_is_told(kind, monkeypatch):
 
 
 def test_a_bad_draw_of_a_guide_is_drawn_again():
-    of, guide = problem(line, LINE_Y), Guide(num_bad=2)
+    of, guide = problem(line), Guide(num_bad=2)
     states = start_chains(of, blackjax.nuts.init, KEY, 3, GuideDraws(guide))
     assert np.isfinite(states.logdensity).all()
     assert guide.calls == 3
@@ -352,11 +354,11 @@ def test_a_bad_draw_of_a_guide_is_drawn_again():
 def test_a_given_row_without_a_density_is_named():
     rows = {**ROWS, "noise": np.array([0.5, 0.6, -1.0, 0.8])}
     with pytest.raises(ValueError, match=r"1 of 4 .*rows \[2\] of the values given"):
-        MALA(1, 1, 4, init=GivenValues(rows)).run(problem(line, LINE_Y), KEY, progress=False)
+        MALA(1, 1, 4, init=GivenValues(rows)).run(problem(line), KEY, progress=False)
 
 
 def test_a_checkpoint_knows_where_its_chains_started(tmp_path):
-    of = problem(line, LINE_Y)
+    of = problem(line)
     engine = MALA(0, 2, 2, init=GivenValues(ROWS))
     engine.run(of, KEY, progress=False, checkpoint=tmp_path / "run")
     other = MALA(0, 2, 2, init=GivenValues({**ROWS, "x": ROWS["x"] + 1e-3}))
@@ -393,7 +395,7 @@ class Wrong:
 def test_bad_starts_fail_before_any_compilation(as_user, monkeypatch, build, error, match):
     monkeypatch.setattr("scoreprior.mcmc.start._states", None)
     with pytest.raises(error, match=match):
-        MALA(1, 1, 4, init=build()).run(problem(line, LINE_Y), KEY, progress=False)
+        MALA(1, 1, 4, init=build()).run(problem(line), KEY, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -418,11 +420,11 @@ def test_bad_settings(as_user, build, match):
 
 def test_a_centred_problem_is_refused_where_the_prior_must_be_normal():
     with pytest.raises(ValueError, match="EllipticalSlice needs the non-centred form"):
-        EllipticalSlice().run(problem(line, LINE_Y).centred(), KEY, progress=False)
+        EllipticalSlice().run(problem(line).centred(), KEY, progress=False)
 
 
 def test_prior_draws_are_the_default():
-    of = problem(line, LINE_Y)
+    of = problem(line)
     runs = [MALA(0, 2, 2, **init).run(of, KEY, progress=False)
             for init in ({}, {"init": PriorDraws()})]  # fmt: skip
     np.testing.assert_array_equal(runs[0].positions["x"], runs[1].positions["x"])

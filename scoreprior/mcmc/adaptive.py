@@ -34,7 +34,7 @@ class AbstractAdaptiveChains(AbstractChains):
     A `target_accept` of `None` leaves the step size as it is.
     """
 
-    target_accept: eqx.AbstractVar[float | None]
+    target_accept: eqx.AbstractVar[Any]  # a float, or None
     dense_mass: eqx.AbstractVar[bool]
     step_size: eqx.AbstractVar[float]
 

@@ -50,7 +50,7 @@ class AbstractGaussianPriorChains(AbstractChains):
     `step_size` is tuned for a mean acceptance rate of `target_accept`, unless that is `None`.
     """
 
-    target_accept: eqx.AbstractVar[float | None]
+    target_accept: eqx.AbstractVar[Any]  # a float, or None
     step_size: eqx.AbstractVar[float]
     num_warmup: int = eqx.field(static=True, default=500)
     num_samples: int = eqx.field(static=True, default=500)
@@ -123,8 +123,8 @@ class EllipticalSlice(AbstractGaussianPriorChains):
     does not change the draws. `init`: where chains start, at prior draws by default.
     """
 
-    target_accept: ClassVar[None] = None
-    step_size: ClassVar[float] = 1.0
+    target_accept: ClassVar[Any] = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    step_size: ClassVar[Any] = 1.0  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def start(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
         return blackjax.elliptical_slice.init(position, logdensity_fn)
@@ -244,4 +244,4 @@ def _to_position(w: PyTree[Array], location: PyTree[Array], scale: PyTree[Array]
 
 def _log_normal(w: PyTree[Array]) -> Scalar:
     """`log N(w; 0, I)`, up to a constant."""
-    return -sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(w)) / 2
+    return -jnp.asarray(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(w))) / 2

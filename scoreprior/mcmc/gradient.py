@@ -12,7 +12,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from blackjax.mcmc.dynamic_hmc import DynamicHMCState, halton_trajectory_length
 from blackjax.mcmc.metrics import default_metric
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from scoreprior._typing import Key, Scalar
 from scoreprior._util import check_count
@@ -153,7 +153,7 @@ class Barker(AbstractKernelChains):
         return new, acceptance, {"diverging": diverging}
 
 
-def refused_nan(acceptance: Scalar) -> tuple[Scalar, Scalar]:
+def refused_nan(acceptance: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
     """The acceptance rate, 0 where it is NaN, and whether it is.
 
     A proposal whose density is NaN is refused by every kernel, and counted as a divergence.

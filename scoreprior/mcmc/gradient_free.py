@@ -63,7 +63,7 @@ class Slice(AbstractKernelChains):
     at most so many widths in a bracket. The others are those of `NUTS`.
     """
 
-    target_accept: ClassVar[None] = None
+    target_accept: ClassVar[Any] = None  # pyright: ignore[reportIncompatibleVariableOverride]
     step_size: float = eqx.field(static=True, default=2.5, kw_only=True)
     max_expansions: int = eqx.field(static=True, default=10, kw_only=True)
 

@@ -52,6 +52,9 @@ class PriorDraws(AbstractInit):
         return f"each a prior draw tried {MAX_ATTEMPTS} times"
 
 
+PRIOR_DRAWS = PriorDraws()
+
+
 class GivenValues(AbstractInit):
     """Chains start at model-space values, such as draws of a guided sampler or of another engine.
 
@@ -152,7 +155,7 @@ def start_chains(
     start: Callable[..., Any],
     key: Key,
     num_chains: int,
-    init: AbstractInit = PriorDraws(),
+    init: AbstractInit = PRIOR_DRAWS,
 ) -> Any:
     """States `start(position, logdensity_fn)` [chain, ...] where `init` says.
 
