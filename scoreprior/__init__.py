@@ -27,7 +27,24 @@ from scoreprior.flow import Adaptive, FixedGrid, Flow, Multistep
 from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
-from scoreprior.mcmc import MCLMC, MEADS, NUTS, AdjustedMCLMC, ChEES
+from scoreprior.mcmc import (
+    HMC,
+    MALA,
+    MCLMC,
+    MEADS,
+    NUTS,
+    AdjustedMCLMC,
+    Barker,
+    ChEES,
+    DynamicHMC,
+    EllipticalSlice,
+    GivenValues,
+    GuideDraws,
+    LatentGaussian,
+    PriorDraws,
+    RandomWalk,
+    Slice,
+)
 from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
@@ -40,33 +57,44 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "HMC",
+    "MALA",
     "MCLMC",
     "MEADS",
     "NUTS",
     "VI",
     "Adaptive",
     "AdjustedMCLMC",
+    "Barker",
     "BoundDensity",
     "ChEES",
     "Dense",
     "Diagonal",
+    "DynamicHMC",
+    "EllipticalSlice",
     "Exact",
     "FixedGrid",
     "Flow",
     "FlowDensity",
     "Fourier",
+    "GivenValues",
+    "GuideDraws",
     "Hutchinson",
     "Isotropic",
+    "LatentGaussian",
     "Moments",
     "Multistep",
     "NestedSampling",
     "Pathfinder",
     "PersistentSMC",
+    "PriorDraws",
     "Problem",
     "REDDiff",
+    "RandomWalk",
     "ScoreGradient",
     "ScoreOnly",
     "ScorePrior",
+    "Slice",
     "TemperedSMC",
     "compare",
     "denoise",
