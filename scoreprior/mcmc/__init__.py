@@ -8,12 +8,15 @@ from scoreprior.mcmc.microcanonical import MCLMC, AdjustedMCLMC
 from scoreprior.mcmc.nuts import NUTS
 from scoreprior.mcmc.start import GivenValues, GuideDraws, PriorDraws
 
-__all__ = ["MCLMC", "MEADS", "NUTS", "AdjustedMCLMC", "ChEES"]
 __all__ = [
     "HMC",
     "MALA",
+    "MCLMC",
+    "MEADS",
     "NUTS",
+    "AdjustedMCLMC",
     "Barker",
+    "ChEES",
     "DynamicHMC",
     "EllipticalSlice",
     "GivenValues",

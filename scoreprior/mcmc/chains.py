@@ -113,7 +113,7 @@ class AbstractChains(eqx.Module):
             store = Checkpoint(checkpoint, self._settings(problem, key, chains))
 
         def first() -> Any:
-            return self.first(problem, chains, jax.random.fold_in(key_start, 1))
+            return engine.first(problem, chains, jax.random.fold_in(key_start, 1))
 
         num_looped = self.num_looped_warmup
         num_before = self.num_warmup - num_looped

@@ -69,7 +69,7 @@ class ChEES(AbstractTunedChains):
         if not 0 < self.target_accept < 1:
             raise ValueError(f"target_accept must be between 0 and 1, got {self.target_accept}")
 
-    def init(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
+    def start(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
         return blackjax.dynamic_hmc.init(position, logdensity_fn, jnp.asarray(0))
 
     def tune(self, problem: Problem, chains: Any, key: Key) -> tuple[Any, dict[str, Array]]:
@@ -171,7 +171,7 @@ class MEADS(AbstractTunedChains):
                 f"{MIN_FOLD} chains in each fold, got {self.num_chains}"
             )
 
-    def init(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
+    def start(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
         # The warm-up draws momenta for itself.
         return blackjax.ghmc.init(position, logdensity_fn, jax.random.key(0))
 

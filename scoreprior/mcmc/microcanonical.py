@@ -117,7 +117,7 @@ class MCLMC(AbstractMicrocanonical):
     def __check_init__(self):
         check_positive("desired_energy_var", self.desired_energy_var)
 
-    def init(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
+    def start(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
         _check_size(position)
         return blackjax.mclmc.init(position, logdensity_fn, jax.random.key(0))
 
@@ -233,7 +233,7 @@ class AdjustedMCLMC(AbstractMicrocanonical):
         if not 0 < self.target_accept < 1:
             raise ValueError(f"target_accept must be between 0 and 1, got {self.target_accept}")
 
-    def init(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
+    def start(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
         _check_size(position)
         return blackjax.adjusted_mclmc_dynamic.init(position, logdensity_fn, jnp.asarray(0))
 
