@@ -26,7 +26,7 @@ from scoreprior.flow import Adaptive, FixedGrid, Flow
 from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
-from scoreprior.mcmc import NUTS
+from scoreprior.mcmc import NUTS, SGHMC, SGLD, SVGD, AnnealedLangevin, PredictorCorrector
 from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
@@ -39,7 +39,11 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "NUTS",
+    "SGHMC",
+    "SGLD",
+    "SVGD",
     "Adaptive",
+    "AnnealedLangevin",
     "BoundDensity",
     "Dense",
     "Diagonal",
@@ -51,6 +55,7 @@ __all__ = [
     "Hutchinson",
     "Isotropic",
     "Moments",
+    "PredictorCorrector",
     "Problem",
     "ScoreGradient",
     "ScoreOnly",

@@ -40,7 +40,7 @@ DOORS = {
     "diffrax": {"flow"},
     "matplotlib": {"plot"},
     "numpyro": {"prior", "problem", "vi", "infer", "sbi", "check", "cli"},
-    "optax": {"train", "vi"},
+    "optax": {"train", "vi", "mcmc"},
     "safetensors": {"io", "train", "mcmc", "infer"},
     "sklearn": {"cli"},
     "tqdm": {"_run", "train", "sbi", "cli"},

@@ -42,9 +42,17 @@ class AbstractChains(eqx.Module):
         check_count("num_chains", self.num_chains)
         check_count("chunk_size", self.chunk_size)
 
+    def form(self, problem: Problem) -> Problem:
+        """`problem` in the form in which the chains move."""
+        return problem.centred() if self.centred else problem
+
+    def start(self, problem: Problem, key: Key) -> Any:
+        """The states of the chains [chain, ...] at their starting points."""
+        return start_chains(problem, self.init, key, self.num_chains)
+
     @abstractmethod
     def init(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
-        """The state of one chain, with the fields `position` and `logdensity`."""
+        """The state of one chain, with the fields `position` and, where known, `logdensity`."""
 
     @abstractmethod
     def first(self, problem: Problem, chains: Any, key: Key) -> Any:
@@ -81,9 +89,9 @@ class AbstractChains(eqx.Module):
         `ValueError` where the log density is not finite at prior draws, and
         `NotImplementedError` for the centred form of a prior without a density.
         """
-        problem = problem.centred() if self.centred else problem
+        problem = self.form(problem)
         key_start, key_steps = jax.random.split(key)
-        chains = start_chains(problem, self.init, key_start, self.num_chains)
+        chains = self.start(problem, key_start)
         store = None
         if checkpoint is not None:
             store = Checkpoint(checkpoint, self._settings(problem, key, chains))
@@ -118,7 +126,7 @@ class AbstractChains(eqx.Module):
             **engine,
             "key": key_words(key),
             "data": fingerprint((problem.args, problem.kwargs, problem.sites.params)),
-            "log_density_at_start": [float(value) for value in start.logdensity],
+            "log_density_at_start": [float(v) for v in getattr(start, "logdensity", ())],
             "start": fingerprint(start),
         }
 
