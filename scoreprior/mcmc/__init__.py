@@ -1,4 +1,4 @@
-"""Markov chain Monte Carlo engines on a `Problem`, by blackjax, and samplers that follow a score."""
+"""Markov chain Monte Carlo engines on a `Problem`, by blackjax; samplers that follow a score."""
 
 from scoreprior.mcmc.annealed import AnnealedLangevin, PredictorCorrector
 from scoreprior.mcmc.noised import FlatLikelihood, MomentLikelihood

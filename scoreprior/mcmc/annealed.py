@@ -16,7 +16,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from scoreprior._run import Checkpoint, Draws, Loop, fingerprint, join, key_words, run_chunks

@@ -38,7 +38,7 @@ class LinearProblem(eqx.Module):
 
 
 def linear_problem(problem: Problem, engine: str) -> LinearProblem:
-    """`problem` as a `LinearProblem`; raises `ValueError`, naming `engine` and the site, if none."""
+    """`problem` as a `LinearProblem`; raises `ValueError`, naming `engine` and site, if none."""
     sites = problem.sites
     advice = "SGLD, SGHMC and SVGD take any model, as NUTS does in the non-centred form"
     if len(sites.priors) != 1 or len(sites.observed) != 1 or sites.latents:

@@ -60,7 +60,8 @@ def _level(density: AbstractDensity, flow: Flow) -> float:
 
 
 def _nan(flow: Flow, x: Event) -> Scalar:
-    return jnp.full((), jnp.nan, x.dtype)
+    # Made of `x`, so that under `vmap` it has the batch axes of its gradient.
+    return jnp.nan * jnp.sum(x)
 
 
 __all__ = ["ByScore", "NoValue"]
