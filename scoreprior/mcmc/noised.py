@@ -69,6 +69,7 @@ class Level(NamedTuple):
     sigma: Scalar
     B: Float[Array, "m n"]
     chol_S: Float[Array, "m m"]
+    pull: Float[Array, "n m"]  # B' S^-1
     residual: Float[Array, " m"]  # y - A m
     mean: Float[Array, " n"]
     curvature: Scalar  # the largest eigenvalue of B' S^-1 B
@@ -76,7 +77,7 @@ class Level(NamedTuple):
     def score(self, x: Array) -> Array:
         """`grad log p(y | x_t)` at a site value `x` of any shape."""
         error = self.residual - self.B @ (x.ravel() - self.mean)
-        return (self.B.T @ cho_solve((self.chol_S, True), error)).reshape(x.shape)
+        return (self.pull @ error).reshape(x.shape)
 
 
 def level(likelihood: AbstractNoisedLikelihood, linear: LinearProblem, sigma: Scalar) -> Level:
@@ -92,7 +93,8 @@ def level(likelihood: AbstractNoisedLikelihood, linear: LinearProblem, sigma: Sc
     small = whitened @ whitened.T if A.shape[0] <= A.shape[1] else whitened.T @ whitened
     mean = jnp.broadcast_to(moments.mean, linear.shape).ravel()
     residual = linear.y - A @ mean
-    return Level(sigma, B, chol, residual, mean, jnp.linalg.eigvalsh(small)[-1])
+    pull = cho_solve((chol, True), B).T
+    return Level(sigma, B, chol, pull, residual, mean, jnp.linalg.eigvalsh(small)[-1])
 
 
 def first_draw(linear: LinearProblem, level: Level, key: Key) -> Array:
