@@ -12,7 +12,7 @@ import pytest
 
 import oracles
 import scoreprior._run as run_module
-from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
+from oracles import A_G, GAUSSIAN, SD_G, Y_G
 from scoreprior.density import FlowDensity, ScoreGradient, ScoreOnly
 from scoreprior.flow import FixedGrid, Flow
 from scoreprior.infer import infer
@@ -177,7 +177,7 @@ def test_chains_take_other_latent_sites_and_the_tree_is_like_any():
             numpyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
 
     y = jnp.array([[-1.2, 0.3], [1.5, -1.4]])
-    engine = SGLD(200, 200, 8, step_size=1e-2)
+    engine = SGLD(50, 15, 8, step_size=1e-2)
     tree = infer(model, engine, y, key=KEY, progress=False)
     assert tree["posterior"]["x"].dims == ("chain", "draw", "image", "x_dim_0")
     assert (tree["posterior"]["scale"].values > 0).all()
@@ -278,20 +278,6 @@ def test_images_in_a_plate_with_a_mask():
     assert abs(np.corrcoef(x[:, 0, 0], x[:, 1, 0])[0, 1]) < 5 / np.sqrt(N)
 
 
-def mixed(y):
-    x = numpyro.sample("x", build(MIXTURE))
-    numpyro.sample("y", dist.MultivariateNormal(A_M @ x, COV_M), obs=y)
-
-
-def test_langevin_corrects_the_predictor_on_a_mixture_whose_modes_touch():
-    """Neither approximation of the likelihood is exact here: the last level is."""
-    exact = oracles.posterior(build(MIXTURE), A_M, Y_M, COV_M)
-    mean, covariance = oracles.moments(exact)
-    x = draw(AnnealedLangevin(N, 100, **LANGEVIN), Problem.from_model(mixed, Y_M)).positions["x"][0]
-    assert_mean(x, mean, bias=0.1)
-    assert_cov(x, covariance, bias=0.1)
-
-
 class Interrupting(run_module.tqdm):
     """A progress bar during whose second update the user presses Ctrl-C."""
 
@@ -338,7 +324,7 @@ def test_the_batch_size_does_not_change_the_draws():
 
 def test_steps_that_explode_are_reported():
     with pytest.warns(UserWarning, match=r"3 of 3 chains left for infinity.* lower step_size"):
-        draws = draw(SGLD(2000, 10, 3, step_size=1.0, chunk_size=2010))
+        draws = draw(SGLD(800, 10, 3, step_size=1.0, chunk_size=8))
     assert draws.stats["diverging"].all()
 
 
