@@ -203,7 +203,7 @@ def test_svgd_ends_at_a_fixed_point_of_the_right_posterior():
     for a Gaussian the mean weighted by `sum_i k(x_i, x_j)` is that of the posterior: exactly, up
     to what remains of `phi`.
     """
-    engine = SVGD(60, 3000, step_size=0.05, sigma=SIGMA_MIN, chunk_size=1000)
+    engine = SVGD(30, 600, step_size=0.1, sigma=SIGMA_MIN)
     draws = draw(engine)
     x = draws.positions["x"][0]
     field, weights = phi(x, -(x - MEAN) @ PRECISION)
