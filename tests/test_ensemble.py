@@ -177,7 +177,7 @@ def test_an_energy_error_over_the_steps_of_a_draw():
 def test_a_chain_that_met_a_huge_error_goes_on():
     """The slice comes back from blackjax as NaN, after which no step would be accepted."""
     engine = SMALL["MEADS"]
-    chain = engine.init({"x": jnp.array([0.3, -0.2])}, lambda p: -0.5 * (p["x"] ** 2).sum())
+    chain = engine.start({"x": jnp.array([0.3, -0.2])}, lambda p: -0.5 * (p["x"] ** 2).sum())
     cliff = functools.partial(engine.kernel, logdensity_fn=lambda p: -1e6 * (p["x"] ** 2).sum())
     tuned = {"step_size": 1.0, "scale": np.ones(2), "alpha": 0.5, "delta": 0.25}
     tuned = jax.tree.map(jnp.asarray, tuned)
@@ -190,7 +190,7 @@ def test_a_chain_that_met_a_huge_error_goes_on():
 def test_chains_stopped_in_the_warm_up_go_on_from_others():
     engine = SMALL["MEADS"]
     positions = {"x": jnp.arange(8.0).reshape(4, 2)}
-    chains = jax.vmap(lambda p: engine.init(p, lambda p: p["x"].sum()))(positions)
+    chains = jax.vmap(lambda p: engine.start(p, lambda p: p["x"].sum()))(positions)
     slices = jnp.array([0.1, jnp.nan, jnp.nan, 0.4])
     new = _revive(KEY, chains._replace(slice=slices))
     assert jnp.isfinite(new.slice).all()
@@ -236,4 +236,4 @@ def test_bad_settings(build_engine, message):
 @pytest.mark.parametrize("engine", [MCLMC(), AdjustedMCLMC()], ids=["MCLMC", "AdjustedMCLMC"])
 def test_one_number_is_too_few_for_a_momentum_of_constant_length(engine):
     with pytest.raises(ValueError, match="at least 2 numbers, got 1: take NUTS"):
-        engine.init({"x": jnp.ones(1)}, lambda position: position["x"].sum())
+        engine.start({"x": jnp.ones(1)}, lambda position: position["x"].sum())

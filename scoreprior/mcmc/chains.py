@@ -65,9 +65,18 @@ class AbstractChains(eqx.Module):
         """How many steps of the warm-up are calls of `step`; `first` makes the others, at once."""
         return self.num_warmup
 
+    def form(self, problem: Problem) -> Problem:
+        """`problem` in the form in which the chains move."""
+        return problem.centred() if self.centred else problem
+
+    def begin(self, problem: Problem, key: Key) -> Any:
+        """The states of the chains [chain, ...] at their starting points."""
+        start = replace(self, init=PriorDraws()).start
+        return start_chains(problem, start, key, self.num_chains, self.init)
+
     @abstractmethod
     def start(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
-        """The state of one chain, with the fields `position` and `logdensity`."""
+        """The state of one chain, with the fields `position` and, where known, `logdensity`."""
 
     @abstractmethod
     def first(self, problem: Problem, chains: Any, key: Key) -> Any:
@@ -104,10 +113,10 @@ class AbstractChains(eqx.Module):
         `ValueError` where `init` does not fit the problem or the log density is not finite where
         chains start, and `NotImplementedError` for the centred form of a prior without a density.
         """
-        problem = problem.centred() if self.centred else problem
+        problem = self.form(problem)
         key_start, key_steps = jax.random.split(key)
         engine = replace(self, init=PriorDraws())  # compiled code knows no starting points
-        chains = start_chains(problem, engine.start, key_start, self.num_chains, self.init)
+        chains = self.begin(problem, key_start)
         store = None
         if checkpoint is not None:
             store = Checkpoint(checkpoint, self._settings(problem, key, chains))
@@ -150,7 +159,7 @@ class AbstractChains(eqx.Module):
             "init": [type(self.init).__name__, fingerprint(self.init)],
             "key": key_words(key),
             "data": fingerprint((problem.args, problem.kwargs, problem.sites.params)),
-            "log_density_at_start": [float(value) for value in start.logdensity],
+            "log_density_at_start": [float(v) for v in getattr(start, "logdensity", ())],
             "start": fingerprint(start),
         }
 

@@ -46,13 +46,13 @@ class AbstractMicrocanonical(AbstractTunedChains):
         """The warm-up of one chain, from the settings `start`."""
 
     @abstractmethod
-    def start(self, size: int) -> tuple[float, float]:
+    def guess(self, size: int) -> tuple[float, float]:
         """The first step size and trajectory length, for positions of `size` numbers."""
 
     def tune(self, problem: Problem, chains: Any, key: Key) -> tuple[Any, dict[str, Array]]:
         dtype = chains.logdensity.dtype
         size = pytree_size(chains.position) // self.num_chains
-        step_size, length = (jnp.asarray(value, dtype) for value in self.start(size))
+        step_size, length = (jnp.asarray(value, dtype) for value in self.guess(size))
         start = MCLMCAdaptationState(length, step_size, jnp.ones(size, dtype))
 
         def one(key: Key, chain: Any) -> Any:
@@ -124,7 +124,7 @@ class MCLMC(AbstractMicrocanonical):
     def refresh(self, key: Key, chain: Any) -> Any:
         return chain._replace(momentum=generate_unit_vector(key, chain.position))
 
-    def start(self, size: int) -> tuple[float, float]:
+    def guess(self, size: int) -> tuple[float, float]:
         return self.step_size or 0.25 * size**0.5, size**0.5
 
     def tune_one(
@@ -237,7 +237,7 @@ class AdjustedMCLMC(AbstractMicrocanonical):
         _check_size(position)
         return blackjax.adjusted_mclmc_dynamic.init(position, logdensity_fn, jnp.asarray(0))
 
-    def start(self, size: int) -> tuple[float, float]:
+    def guess(self, size: int) -> tuple[float, float]:
         step_size = self.step_size or 0.2 * size**0.5
         return step_size, self.mean_steps * step_size
 

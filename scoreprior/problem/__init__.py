@@ -21,8 +21,10 @@ from numpyro.infer.reparam import TransformReparam
 from numpyro.infer.util import constrain_fn, potential_energy
 from numpyro.primitives import Messenger
 
-from scoreprior._typing import Key, Scalar
+from scoreprior._typing import Key, Scalar, Sigma
+from scoreprior._util import check_positive
 from scoreprior.problem.linearise import Observation, observe
+from scoreprior.problem.score import ByScore
 from scoreprior.problem.sites import Site, Sites, find_sites, peel
 
 Position = Mapping[str, Array]
@@ -57,12 +59,16 @@ class Problem:
             raise TypeError(f"model must be a NumPyro model, a callable, got {model!r}")
         return cls(model, args, kwargs, find_sites(model, args, kwargs))
 
-    def centred(self) -> "Problem":
+    def centred(self, *, with_value: bool = True) -> "Problem":
         """The same problem in the centred form.
 
-        Raises what the density policy of a prior raises where it has no density (`ScoreOnly`).
+        Raises what the density policy of a prior raises where it has no density (`ScoreOnly`), but
+        with `with_value=False` asks for none: such a problem still has its `score` and its
+        `log_likelihood`.
         """
         centred = replace(self, is_centred=True)
+        if not with_value:
+            return centred
         jax.eval_shape(lambda: centred.log_prior(centred.initial(jax.random.key(0))))
         return centred
 
@@ -84,6 +90,31 @@ class Problem:
         """Log density of the observed sites and `numpyro.factor`s given the latent sites."""
         model = _Silence(self._model(), lambda message: not self._is_likelihood(message))
         return -potential_energy(model, self.args, self.kwargs, self._named(position))
+
+    def score(self, position: Position, sigma: Sigma | None = None) -> dict[str, Array]:
+        """Gradient of the joint log density, without its value: one array per latent site.
+
+        In the centred form the prior sites enter by the score of their denoiser at noise level
+        `sigma`, in data units, whatever their density policy: no flow is solved, and a prior that
+        is `ScoreOnly` has one too. `None` takes the level of the policy's `ScoreGradient`, or of a
+        default one. For an exact denoiser it is the gradient of `log_density` at `sigma =
+        sigma_min`. Not defined (NaN) with respect to what the parameters of a flow depend on.
+
+        In the non-centred form there is nothing to replace, and `sigma` must be `None`.
+        """
+        if sigma is not None:
+            check_positive("sigma", sigma)
+            if not self.is_centred:
+                raise ValueError(
+                    f"sigma must be None in the non-centred form, whose prior is exactly standard "
+                    f"normal, got {sigma}: take problem.centred(with_value=False)"
+                )
+        model = ByScore(self._model(), sigma) if self.is_centred else self._model()
+
+        def log_density(position: Position) -> Scalar:
+            return -potential_energy(model, self.args, self.kwargs, self._named(position))
+
+        return jax.grad(log_density)(dict(position))
 
     def initial(self, key: Key) -> dict[str, Array]:
         """The position of a draw from the prior."""
