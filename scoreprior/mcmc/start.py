@@ -178,10 +178,14 @@ def start_chains(
 
 def _raise(problem: Problem, positions: dict[str, Array], bad: Array, origin: str) -> None:
     first = jax.tree.map(lambda leaf: leaf[jnp.argmax(bad)], positions)
+    # Compiled, so that NumPyro does not refuse the values before their densities are told.
+    log_prior, log_likelihood = (
+        jax.jit(f)(first) for f in (problem.log_prior, problem.log_likelihood)
+    )
     raise ValueError(
         f"the log density is not finite at {int(bad.sum())} of {bad.size} starting points, "
-        f"{origin}: at one, log_prior = {problem.log_prior(first)} "
-        f"and log_likelihood = {problem.log_likelihood(first)}; check the data for NaN and the "
+        f"{origin}: at one, log_prior = {log_prior} "
+        f"and log_likelihood = {log_likelihood}; check the data for NaN and the "
         "units of the noise, and that the data are possible under prior draws"
     )
 
