@@ -228,7 +228,8 @@ def _unflatten(static: Any, inputs: tuple[Any, ...]) -> Problem:
         return static
     family, is_centred, kinds = static
     args, kwargs, data, params = inputs
-    sites = Sites(*({site.name: site for site in kind} for kind in kinds), data, params)
+    priors, latents, observed, computed = ({site.name: site for site in kind} for kind in kinds)
+    sites = Sites(priors, latents, observed, computed, data, params)
     return Problem(family.model, args, kwargs, sites, is_centred, family)
 
 
