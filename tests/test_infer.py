@@ -246,7 +246,7 @@ def test_a_checkpoint_under_another_gradient_is_refused(tmp_path):
     through_flow = Problem.from_model(model, LINE, Y)
     engine.run(through_flow, KEY, progress=False, checkpoint=tmp_path / "run")
     scored = LINE.with_density(FlowDensity(gradient=ScoreGradient(3.0)))
-    with pytest.raises(ValueError, match="differs in gradient_at_start"):
+    with pytest.raises(ValueError, match="differs in start"):
         engine.run(
             Problem.from_model(model, scored, Y), KEY, progress=False, checkpoint=tmp_path / "run"
         )

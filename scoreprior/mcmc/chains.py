@@ -1,0 +1,147 @@
+"""What every Markov chain engine shares: start, chunks, checkpoints, draws that are kept.
+
+An engine says how chains start from their positions, `first`, and how all of them make one step,
+`step`. Both are pure functions of arrays, so a run is one compiled loop, called chunk by chunk.
+"""
+
+import os
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from scoreprior._run import Checkpoint, Draws, Loop, fingerprint, join, key_words, run_chunks
+from scoreprior._typing import Key
+from scoreprior._util import check_count
+from scoreprior.mcmc.start import start_chains
+from scoreprior.problem import Problem
+
+
+class AbstractChains(eqx.Module):
+    """Chains that advance in lock step on a `Problem`.
+
+    `num_warmup` steps are dropped, `num_samples` are kept, for each of `num_chains` chains.
+    `chunk_size` steps lie between two updates of the progress bar and of the checkpoint.
+    """
+
+    num_warmup: eqx.AbstractVar[int]
+    num_samples: eqx.AbstractVar[int]
+    num_chains: eqx.AbstractVar[int]
+    centred: eqx.AbstractVar[bool]
+    chunk_size: eqx.AbstractVar[int]
+
+    def __check_init__(self):
+        check_count("num_warmup", self.num_warmup, least=0)
+        check_count("num_samples", self.num_samples)
+        check_count("num_chains", self.num_chains)
+        check_count("chunk_size", self.chunk_size)
+
+    @abstractmethod
+    def init(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
+        """The state of one chain, with the fields `position` and `logdensity`."""
+
+    @abstractmethod
+    def first(self, problem: Problem, chains: Any, key: Key) -> Any:
+        """The state of a run, from `chains`, the states [chain, ...] at the starting points."""
+
+    @abstractmethod
+    def step(
+        self, problem: Problem, state: Any, key: Key, number: Int[Array, ""]
+    ) -> tuple[Any, dict[str, Any]]:
+        """All chains one step on; step `number` counts from the first of the warm-up.
+
+        The second result holds `positions` [chain, *site] by site and `stats` [chain] by name.
+        """
+
+    @abstractmethod
+    def describe(self, outputs: dict[str, dict[str, np.ndarray]]) -> str:
+        """What the progress bar says of the last chunk, of outputs [step, chain, ...]."""
+
+    def warn(self, draws: Draws) -> None:
+        """Warn of trouble that the statistics of `draws` show, with the remedy."""
+
+    def run(
+        self,
+        problem: Problem,
+        key: Key,
+        *,
+        progress: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
+    ) -> Draws:
+        """Draw from the posterior of `problem`.
+
+        With `checkpoint`, a directory, the run is stored after every chunk, and the same call
+        resumes it bit for bit. Ctrl-C returns the draws made so far, with a warning. Raises
+        `ValueError` where the log density is not finite at prior draws, and
+        `NotImplementedError` for the centred form of a prior without a density.
+        """
+        problem = problem.centred() if self.centred else problem
+        key_start, key_steps = jax.random.split(key)
+        chains = start_chains(problem, self.init, key_start, self.num_chains)
+        store = None
+        if checkpoint is not None:
+            store = Checkpoint(checkpoint, self._settings(problem, key, chains))
+        state = self.first(problem, chains, jax.random.fold_in(key_start, 1))
+
+        def advance(state: Any, start: int, count: int) -> Any:
+            return _advance(self, problem, state, key_steps, jnp.asarray(start), jnp.asarray(count))
+
+        num_steps = self.num_warmup + self.num_samples
+        loop = Loop(num_steps, self.num_warmup, self.chunk_size, self.describe)
+        chunks, _, interrupted = run_chunks(
+            advance, state, loop, progress=progress, checkpoint=store
+        )
+        if not chunks:
+            raise KeyboardInterrupt("interrupted in the warm-up, before the first draw")
+        outputs = join(chunks)
+        draws = Draws(problem, outputs["positions"], outputs["stats"], interrupted)
+        if interrupted:
+            num_draws = next(iter(draws.stats.values())).shape[1]
+            warnings.warn(
+                f"interrupted: {num_draws} of {self.num_samples} draws per chain are returned",
+                stacklevel=2,
+            )
+        self.warn(draws)
+        return draws
+
+    def _settings(self, problem: Problem, key: Key, start: Any) -> dict[str, Any]:
+        """What identifies a run, `chunk_size` apart: it does not change the draws."""
+        engine = {name: value for name, value in vars(self).items() if name != "chunk_size"}
+        return {
+            "engine": type(self).__name__,
+            **engine,
+            "key": key_words(key),
+            "data": fingerprint((problem.args, problem.kwargs, problem.sites.params)),
+            "log_density_at_start": [float(value) for value in start.logdensity],
+            "start": fingerprint(start),
+        }
+
+
+@eqx.filter_jit
+def _advance(
+    engine: AbstractChains,
+    problem: Problem,
+    state: Any,
+    key: Key,
+    start: Int[Array, ""],
+    count: Int[Array, ""],
+) -> tuple[Any, dict[str, Any]]:
+    """`count` steps from step number `start`; outputs have `chunk_size` rows."""
+
+    def body(i: Array, carry: Any) -> Any:
+        state, rows = carry
+        number = start + i
+        state, row = engine.step(problem, state, jax.random.fold_in(key, number), number)
+        return state, jax.tree.map(lambda rows, row: rows.at[i].set(row), rows, row)
+
+    template = jax.eval_shape(lambda s: engine.step(problem, s, key, start)[1], state)
+    rows = jax.tree.map(
+        lambda leaf: jnp.zeros((engine.chunk_size, *leaf.shape), leaf.dtype), template
+    )
+    return jax.lax.fori_loop(0, count, body, (state, rows))
