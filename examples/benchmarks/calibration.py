@@ -11,11 +11,9 @@ model says.
 With p_g the share of group g's draws below the truth, calibration means E[p_g] = 1/2 and, groups
 being independent, E[p_g p_h] = 1/3, whatever the correlation within a group. Deviations from both
 are given in standard errors, and that of chi-square for the mean of p_g in five equal bins in
-standard deviations. Beyond 5 is a failure.
+standard deviations. Beyond 5 is a failure. A stopped program goes on where it was.
 """
 
-import json
-import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from common import arguments, digits_flow, held_out_digits, show, with_solver, write
+from common import Progress, arguments, digits_flow, held_out_digits, show, with_solver, write
 
 from scoreprior import FixedGrid, Problem, ScorePrior, TemperedSMC
 
@@ -125,16 +123,21 @@ def main() -> None:
         target_ess=options.target_ess,
         max_moves=options.max_moves,
     )
+    progress = Progress(options.output)
     found: dict[str, list[Any]] = {}
     for i in range(count):
         kinds = {"from the prior": (None, 1.0), "held-out digits": (digits[i], 1.0)}
         if i < max(count // 5, 10):
             kinds["twice the noise"] = (None, 2.0)
         for kind, (digit, factor) in kinds.items():
-            start = time.perf_counter()
-            below = replicate(problem, engine, digit, factor, i)
+            below = progress(
+                f"{kind}, {i}",
+                (options.steps, engine),
+                lambda digit=digit, factor=factor, i=i: replicate(
+                    problem, engine, digit, factor, i
+                ),
+            )
             found.setdefault(kind, []).append(below)
-            print(json.dumps([kind, i, time.perf_counter() - start, below]), flush=True)
     rows = []
     for kind, results in found.items():
         for name in results[0]:

@@ -11,18 +11,18 @@ al. 2023, "Tweedie moment projected diffusions"); with --random, weights are squ
 Measured on 1,000 draws: the sliced Wasserstein distance (mean over 1,000 slices) to 1,000 exact
 draws, beside that between two exact sets, the floor; the total variation of the masses of the
 modes; the error of the log evidence; its own standard error; and the largest 2-Wasserstein distance
-over 100 slices to 10,000 exact draws. Medians over the problems. CPU, about a minute per problem.
+over 100 slices to 10,000 exact draws. Medians over the problems. CPU, about a minute per problem;
+a stopped program goes on where it was.
 """
 
 import itertools
-import json
 import statistics
 import time
 import warnings
 
 import jax
 import numpy as np
-from common import arguments, show, write
+from common import Progress, arguments, show, write
 from mixtures import (
     Case,
     draw_case,
@@ -95,18 +95,18 @@ def main() -> None:
         max_moves=options.max_moves,
     )
     repeats = range(options.first, options.first + (1 if options.quick else options.repeats))
+    progress = Progress(options.output)
     levels = (None,) if options.random else (0.01, 0.1, 1.0)
     found: dict[str, list[dict[str, float]]] = {}
     for seed, num_data, sigma_y in itertools.product(repeats, (1, 2, 4), levels):
         case = draw_case(options.dimension, num_data, sigma_y, seed, weights)
-        result = measure(case, problem(case), engine, seed)
-        found.setdefault(f"{num_data} / {sigma_y or 'random'}", []).append(result)
-        print(
-            json.dumps(
-                [num_data, sigma_y, seed, {k: float(f"{v:.3g}") for k, v in result.items()}]
-            ),
-            flush=True,
+        kind = f"{num_data} / {sigma_y or 'random'}"
+        result = progress(
+            f"{kind}, {seed}",
+            (options.dimension, options.random, engine),
+            lambda case=case, seed=seed: measure(case, problem(case), engine, seed),
         )
+        found.setdefault(kind, []).append(result)
     found["all"] = [result for results in found.values() for result in results]
     columns = list(found["all"][0])
     rows = [
