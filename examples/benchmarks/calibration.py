@@ -11,7 +11,8 @@ model says.
 With p_g the share of group g's draws below the truth, calibration means E[p_g] = 1/2 and, groups
 being independent, E[p_g p_h] = 1/3, whatever the correlation within a group. Deviations from both
 are given in standard errors, and that of chi-square for the mean of p_g in five equal bins in
-standard deviations. Beyond 5 is a failure. A stopped program goes on where it was.
+standard deviations; few or correlated draws crowd the middle bins. Beyond 5 is a failure. A stopped
+program goes on where it was.
 """
 
 import warnings
@@ -97,9 +98,9 @@ def deviations(shares: np.ndarray) -> list[float]:
     bins = np.bincount(np.minimum(means * NUM_BINS, NUM_BINS - 1).astype(int), minlength=NUM_BINS)
     chi_square = ((bins - count / NUM_BINS) ** 2).sum() * NUM_BINS / count
     df = NUM_BINS - 1
-    # Variances under calibration: at most 1/12 for the mean, 1/5 - 1/9 for a product.
-    first = (means.mean() - 1 / 2) / np.sqrt(1 / 12 / count)
-    second = (pairs.mean() - 1 / 3) / np.sqrt((1 / 5 - 1 / 9) / count)
+    # With infinitely many draws the variances are these, and with few or correlated ones larger.
+    first = (means.mean() - 1 / 2) / np.sqrt(max(means.var(), 1 / 12) / count)
+    second = (pairs.mean() - 1 / 3) / np.sqrt(max(pairs.var(), 1 / 5 - 1 / 9) / count)
     return [means.mean(), first, second, (chi_square - df) / np.sqrt(2 * df)]
 
 

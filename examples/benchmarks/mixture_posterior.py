@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="random weights and noise")
     parser.add_argument("--target-ess", type=float, default=0.9)
     parser.add_argument("--max-moves", type=int, default=50)
+    parser.add_argument("--max-autocorrelation", type=float, default=0.5)
     parser.add_argument("--leapfrog", type=int, default=3)
     options = parser.parse_args()
     warnings.simplefilter("ignore", UserWarning)
@@ -93,6 +94,7 @@ def main() -> None:
         kernel=HMCMoves(options.leapfrog),
         target_ess=options.target_ess,
         max_moves=options.max_moves,
+        max_autocorrelation=options.max_autocorrelation,
     )
     repeats = range(options.first, options.first + (1 if options.quick else options.repeats))
     progress = Progress(options.output)
