@@ -89,12 +89,15 @@ def infer(
         groups["prior"], groups["prior_predictive"] = _prior(problem, num_prior, key_prior)
     if problem.sites.data:
         groups["observed_data"] = problem.sites.data
-    tree = az.from_dict(
-        jax.tree.map(np.asarray, groups),
-        dims=names,
-        coords=dict(coords or {}),
-        attrs={"/": _provenance(engine, draws, sampling_time)},
-    )
+    with warnings.catch_warnings():
+        # Of ensembles, which may well have more chains than draws.
+        warnings.filterwarnings("ignore", "Found chain dimension to be longer than draw")
+        tree = az.from_dict(
+            jax.tree.map(np.asarray, groups),
+            dims=names,
+            coords=dict(coords or {}),
+            attrs={"/": _provenance(engine, draws, sampling_time)},
+        )
     tree["sample_stats"].dataset = tree["sample_stats"].to_dataset().assign(draws.extra)
     _warn_r_hat(tree)
     return tree

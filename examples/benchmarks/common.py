@@ -18,7 +18,7 @@ import numpy as np
 
 import scoreprior
 from scoreprior.density import Exact, FlowDensity
-from scoreprior.flow import AbstractSolver, FixedGrid, Flow
+from scoreprior.flow import AbstractSolver, FixedGrid, Flow, Multistep
 from scoreprior.io import load, load_images
 
 BUDGETS = (8, 16, 32, 64)
@@ -181,6 +181,8 @@ def rms(errors: jax.Array) -> float:
     return float(jnp.sqrt(jnp.mean(errors**2)))
 
 
-def steps_within(budget: int, solver: FixedGrid) -> FixedGrid:
+def steps_within(budget: int, solver: FixedGrid | Multistep) -> FixedGrid | Multistep:
     """`solver` with as many whole steps as `budget` evaluations allow."""
+    if isinstance(solver, Multistep):
+        return Multistep(budget - 2, solver.time)
     return FixedGrid(budget // len(solver.method.nodes), solver.time, solver.method)

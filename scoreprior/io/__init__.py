@@ -63,7 +63,7 @@ def load(path_or_name: str | os.PathLike[str]) -> ScorePrior:
     if warning := files.warn_if_rounded(stored.arrays):
         warnings.warn(f"{path}: {warning}", stacklevel=2)
     try:
-        parts = codec.decode(stored.prior, stored.arrays)
+        parts = codec.decode(stored.description, stored.arrays)
         if parts.keys() != {"flow", "density"}:
             raise ValueError("the section 'prior' must have the keys 'flow' and 'density'")
         return ScorePrior(parts["flow"], parts["density"])

@@ -2,7 +2,8 @@
 
 `config.json` names the format and its version and holds two SHA-256 sums, one of the description of
 the prior and one of the file of arrays. So a prior that is cut short, altered or made of two halves
-is told from a good one; the metadata are free to be edited. No file is unpickled.
+is told from a good one; the metadata are free to be edited. No file is unpickled. Other things than
+priors are kept in the same way, each of its own `Kind`.
 """
 
 import hashlib
@@ -19,82 +20,100 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as read_tensors
 from safetensors.numpy import save as write_tensors
 
-FORMAT = "scoreprior.prior"
-VERSION = 1
 CONFIG, TENSORS = "config.json", "model.safetensors"
-_KEYS = ("format", "version", "prior", "metadata", "sha256")
-_AGAIN = "copy the folder again from its source, or save the prior again"
+
+
+class Kind(NamedTuple):
+    """What sort of thing a folder holds.
+
+    `noun` names it in messages, and its description in `config.json`; `writer` is what saves it.
+    """
+
+    format: str
+    version: int
+    noun: str
+    writer: str
+
+    @property
+    def again(self) -> str:
+        return f"copy the folder again from its source, or save the {self.noun} again"
+
+
+PRIOR = Kind("scoreprior.prior", 1, "prior", "scoreprior.save")
 
 
 class Stored(NamedTuple):
     """What a folder holds: a description in JSON, arrays by name, metadata in JSON."""
 
-    prior: Any
+    description: Any
     arrays: dict[str, np.ndarray]
     metadata: dict[str, Any]
 
 
-def write(path: Path, stored: Stored) -> None:
+def write(path: Path, stored: Stored, kind: Kind = PRIOR) -> None:
     """Write the folder under another name, read it back, then put it at `path`.
 
-    An earlier prior at `path` is replaced; anything else there raises `FileExistsError`.
+    An earlier one at `path` is replaced; anything else there raises `FileExistsError`.
     """
-    if path.exists() and not _is_ours(path):
-        raise FileExistsError(f"{path} exists and is not a saved prior: choose another path")
+    if path.exists() and not _is_ours(path, kind):
+        raise FileExistsError(f"{path} exists and is not a saved {kind.noun}: choose another path")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
     partial.mkdir(parents=True)
     try:
-        _write_files(partial, stored)
-        if not _same(read(partial).arrays, stored.arrays):
+        _write_files(partial, stored, kind)
+        if not _same(read(partial, kind).arrays, stored.arrays):
             raise OSError(f"{path} was not written faithfully: what was read back differs")
         _put(partial, path, replaced)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read(path: Path) -> Stored:
+def read(path: Path, kind: Kind = PRIOR) -> Stored:
     """Read and check the folder; `ValueError` or `FileNotFoundError` says what is wrong."""
-    config = read_config(path)
-    if _digest(_canonical(config["prior"])) != config["sha256"].get("prior"):
+    config = read_config(path, kind)
+    if _digest(_canonical(config[kind.noun])) != config["sha256"].get(kind.noun):
         raise ValueError(
-            f"{path / CONFIG} was altered: its section 'prior' does not have the SHA-256 sum "
-            f"stated beside it; {_AGAIN}"
+            f"{path / CONFIG} was altered: its section {kind.noun!r} does not have the SHA-256 sum "
+            f"stated beside it; {kind.again}"
         )
-    data = _bytes(path / TENSORS)
+    data = _bytes(path / TENSORS, kind)
     try:
         arrays = read_tensors(data)
     except SafetensorError as error:
         raise ValueError(
             f"{path / TENSORS} cannot be read ({error}): it is truncated or no safetensors file; "
-            + _AGAIN
+            + kind.again
         ) from error
     if _digest(data) != config["sha256"].get("arrays"):
         raise ValueError(
             f"{path / TENSORS} was altered, or belongs to another {CONFIG}: it does not have the "
-            f"SHA-256 sum stated there; {_AGAIN}"
+            f"SHA-256 sum stated there; {kind.again}"
         )
-    return Stored(config["prior"], arrays, config["metadata"])
+    return Stored(config[kind.noun], arrays, config["metadata"])
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, kind: Kind = PRIOR) -> dict[str, Any]:
     """The checked `config.json`, without the arrays."""
     file = path / CONFIG
     try:
-        config = json.loads(_bytes(file))
+        config = json.loads(_bytes(file, kind))
     except ValueError as error:
-        raise ValueError(f"{file} cannot be read ({error}): it is truncated; {_AGAIN}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(f"{file} is not the config of a prior saved by scoreprior.save")
-    if config.get("version") != VERSION:
+        raise ValueError(
+            f"{file} cannot be read ({error}): it is truncated; {kind.again}"
+        ) from error
+    if not isinstance(config, dict) or config.get("format") != kind.format:
+        raise ValueError(f"{file} is not the config of a {kind.noun} saved by {kind.writer}")
+    if config.get("version") != kind.version:
         raise ValueError(
             f"{file} has format version {config.get('version')!r}, and this scoreprior reads "
-            f"version {VERSION}: upgrade scoreprior, or save the prior again"
+            f"version {kind.version}: upgrade scoreprior, or save the {kind.noun} again"
         )
-    if missing := [key for key in _KEYS if key not in config]:
-        raise ValueError(f"{file} lacks the key {missing[0]!r}; {_AGAIN}")
+    keys = ("format", "version", kind.noun, "metadata", "sha256")
+    if missing := [key for key in keys if key not in config]:
+        raise ValueError(f"{file} lacks the key {missing[0]!r}; {kind.again}")
     if not isinstance(config["sha256"], dict) or not isinstance(config["metadata"], dict):
-        raise ValueError(f"{file} must hold objects under 'sha256' and 'metadata'; {_AGAIN}")
+        raise ValueError(f"{file} must hold objects under 'sha256' and 'metadata'; {kind.again}")
     return config
 
 
@@ -111,14 +130,14 @@ def _put(new: Path, path: Path, earlier: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _write_files(folder: Path, stored: Stored) -> None:
+def _write_files(folder: Path, stored: Stored, kind: Kind) -> None:
     data = write_tensors({name: _contiguous(array) for name, array in stored.arrays.items()})
     config = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": kind.format,
+        "version": kind.version,
         "metadata": stored.metadata,
-        "sha256": {"prior": _digest(_canonical(stored.prior)), "arrays": _digest(data)},
-        "prior": stored.prior,
+        "sha256": {kind.noun: _digest(_canonical(stored.description)), "arrays": _digest(data)},
+        kind.noun: stored.description,
     }
     text = json.dumps(config, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     for name, content in ((TENSORS, data), (CONFIG, text.encode())):
@@ -128,19 +147,19 @@ def _write_files(folder: Path, stored: Stored) -> None:
             os.fsync(file.fileno())
 
 
-def _bytes(file: Path) -> bytes:
+def _bytes(file: Path, kind: Kind) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
         raise FileNotFoundError(
-            f"{file} cannot be read ({error.strerror}): a saved prior is a folder with {CONFIG} "
-            f"and {TENSORS}"
+            f"{file} cannot be read ({error.strerror}): a saved {kind.noun} is a folder with "
+            f"{CONFIG} and {TENSORS}"
         ) from error
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: Path, kind: Kind) -> bool:
     try:
-        return json.loads((path / CONFIG).read_bytes()).get("format") == FORMAT
+        return json.loads((path / CONFIG).read_bytes()).get("format") == kind.format
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -29,15 +29,18 @@ class ChainState(NamedTuple):
 
 
 class AbstractAdaptiveChains(AbstractChains):
-    """Chains under `Warmup`: a step size for each, one mass matrix for all."""
+    """Chains under `Warmup`: a step size for each, one mass matrix for all.
 
-    target_accept: eqx.AbstractVar[float]
+    A `target_accept` of `None` leaves the step size as it is.
+    """
+
+    target_accept: eqx.AbstractVar[Any]  # a float, or None
     dense_mass: eqx.AbstractVar[bool]
     step_size: eqx.AbstractVar[float]
 
     def __check_init__(self):
         check_positive("step_size", self.step_size)
-        if not 0 < self.target_accept < 1:
+        if self.target_accept is not None and not 0 < self.target_accept < 1:
             raise ValueError(f"target_accept must be between 0 and 1, got {self.target_accept}")
 
     @abstractmethod

@@ -1,13 +1,15 @@
 """What every Markov chain engine shares: start, chunks, checkpoints, draws that are kept.
 
-An engine says how chains start from their positions, `first`, and how all of them make one step,
-`step`. Both are pure functions of arrays, so a run is one compiled loop, called chunk by chunk.
+An engine says what a chain is at a position, `start`, what a run is at its chains, `first`, and how
+all chains make one step, `step`. They are pure functions of arrays, so a run is one compiled loop,
+called chunk by chunk.
 """
 
 import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -16,10 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from scoreprior._run import Checkpoint, Draws, Loop, fingerprint, join, key_words, run_chunks
+from scoreprior._run import (
+    Checkpoint,
+    Draws,
+    Loop,
+    fingerprint,
+    join,
+    key_words,
+    run_chunks,
+    run_first,
+)
 from scoreprior._typing import Key
 from scoreprior._util import check_count
-from scoreprior.mcmc.start import start_chains
+from scoreprior.mcmc.start import AbstractInit, PriorDraws, start_chains
 from scoreprior.problem import Problem
 
 
@@ -27,7 +38,8 @@ class AbstractChains(eqx.Module):
     """Chains that advance in lock step on a `Problem`.
 
     `num_warmup` steps are dropped, `num_samples` are kept, for each of `num_chains` chains.
-    `chunk_size` steps lie between two updates of the progress bar and of the checkpoint.
+    `chunk_size` steps lie between two updates of the progress bar and of the checkpoint. `init`
+    says where chains start: `PriorDraws()`, `GivenValues(values)` or `GuideDraws(guide)`.
     """
 
     num_warmup: eqx.AbstractVar[int]
@@ -35,15 +47,26 @@ class AbstractChains(eqx.Module):
     num_chains: eqx.AbstractVar[int]
     centred: eqx.AbstractVar[bool]
     chunk_size: eqx.AbstractVar[int]
+    init: AbstractInit = eqx.field(default_factory=PriorDraws, kw_only=True)
 
     def __check_init__(self):
         check_count("num_warmup", self.num_warmup, least=0)
         check_count("num_samples", self.num_samples)
         check_count("num_chains", self.num_chains)
         check_count("chunk_size", self.chunk_size)
+        if not isinstance(self.init, AbstractInit):
+            raise TypeError(
+                "init must be PriorDraws(), GivenValues(values) or GuideDraws(guide), got "
+                f"{self.init!r}"
+            )
+
+    @property
+    def num_looped_warmup(self) -> int:
+        """How many steps of the warm-up are calls of `step`; `first` makes the others, at once."""
+        return self.num_warmup
 
     @abstractmethod
-    def init(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
+    def start(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
         """The state of one chain, with the fields `position` and `logdensity`."""
 
     @abstractmethod
@@ -54,7 +77,7 @@ class AbstractChains(eqx.Module):
     def step(
         self, problem: Problem, state: Any, key: Key, number: Int[Array, ""]
     ) -> tuple[Any, dict[str, Any]]:
-        """All chains one step on; step `number` counts from the first of the warm-up.
+        """All chains one step on; step `number` counts from the first that the loop makes.
 
         The second result holds `positions` [chain, *site] by site and `stats` [chain] by name.
         """
@@ -78,22 +101,30 @@ class AbstractChains(eqx.Module):
 
         With `checkpoint`, a directory, the run is stored after every chunk, and the same call
         resumes it bit for bit. Ctrl-C returns the draws made so far, with a warning. Raises
-        `ValueError` where the log density is not finite at prior draws, and
-        `NotImplementedError` for the centred form of a prior without a density.
+        `ValueError` where `init` does not fit the problem or the log density is not finite where
+        chains start, and `NotImplementedError` for the centred form of a prior without a density.
         """
         problem = problem.centred() if self.centred else problem
         key_start, key_steps = jax.random.split(key)
-        chains = start_chains(problem, self.init, key_start, self.num_chains)
+        engine = replace(self, init=PriorDraws())  # compiled code knows no starting points
+        chains = start_chains(problem, engine.start, key_start, self.num_chains, self.init)
         store = None
         if checkpoint is not None:
             store = Checkpoint(checkpoint, self._settings(problem, key, chains))
-        state = self.first(problem, chains, jax.random.fold_in(key_start, 1))
+
+        def first() -> Any:
+            return engine.first(problem, chains, jax.random.fold_in(key_start, 1))
+
+        num_looped = self.num_looped_warmup
+        num_before = self.num_warmup - num_looped
+        state = run_first(first, num_before, progress=progress, checkpoint=store)
 
         def advance(state: Any, start: int, count: int) -> Any:
-            return _advance(self, problem, state, key_steps, jnp.asarray(start), jnp.asarray(count))
+            return _advance(
+                engine, problem, state, key_steps, jnp.asarray(start), jnp.asarray(count)
+            )
 
-        num_steps = self.num_warmup + self.num_samples
-        loop = Loop(num_steps, self.num_warmup, self.chunk_size, self.describe)
+        loop = Loop(num_looped + self.num_samples, num_looped, self.chunk_size, self.describe)
         chunks, _, interrupted = run_chunks(
             advance, state, loop, progress=progress, checkpoint=store
         )
@@ -112,10 +143,11 @@ class AbstractChains(eqx.Module):
 
     def _settings(self, problem: Problem, key: Key, start: Any) -> dict[str, Any]:
         """What identifies a run, `chunk_size` apart: it does not change the draws."""
-        engine = {name: value for name, value in vars(self).items() if name != "chunk_size"}
+        engine = {k: v for k, v in vars(self).items() if k not in ("chunk_size", "init")}
         return {
             "engine": type(self).__name__,
             **engine,
+            "init": [type(self.init).__name__, fingerprint(self.init)],
             "key": key_words(key),
             "data": fingerprint((problem.args, problem.kwargs, problem.sites.params)),
             "log_density_at_start": [float(value) for value in start.logdensity],

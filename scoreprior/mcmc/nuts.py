@@ -18,7 +18,7 @@ from scoreprior.mcmc.adaptive import AbstractAdaptiveChains
 class NUTS(AbstractAdaptiveChains):
     """The no-U-turn sampler (Hoffman & Gelman 2014), by blackjax.
 
-    Chains start at prior draws and advance in lock step under `vmap`. In the warm-up each learns
+    Chains advance in lock step under `vmap`. In the warm-up each learns
     its step size, and all together learn one mass matrix.
 
     **Arguments:** `num_warmup`, `num_samples`: steps per chain; `num_chains`. `centred`: sample `x`
@@ -26,7 +26,7 @@ class NUTS(AbstractAdaptiveChains):
     between 0 and 1. `max_tree_depth`: at most `2^depth - 1` gradients per draw. `dense_mass`: learn
     a full mass matrix. `step_size`: the first one; without a warm-up the only one, beside a unit
     mass matrix. `chunk_size`: steps between two updates of the progress bar and of the checkpoint;
-    it does not change the draws.
+    it does not change the draws. `init`: where chains start, at prior draws by default.
     """
 
     num_warmup: int = eqx.field(static=True, default=500)
@@ -42,7 +42,7 @@ class NUTS(AbstractAdaptiveChains):
     def __check_init__(self):
         check_count("max_tree_depth", self.max_tree_depth)
 
-    def init(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
+    def start(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
         return blackjax.nuts.init(position, logdensity_fn)
 
     def kernel(

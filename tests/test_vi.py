@@ -1,0 +1,279 @@
+"""Variational inference against closed forms: guides, bounds, evidence, k-hat, both forms."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from arviz_stats.base import array_stats
+
+import oracles
+from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, Y_G, Y_M
+from scoreprior.density import BoundDensity, FlowDensity
+from scoreprior.flow import FixedGrid, Flow
+from scoreprior.prior import ScorePrior
+from scoreprior.problem import Problem
+from scoreprior.vi import (
+    ELBO,
+    IAF,
+    IWELBO,
+    VI,
+    FullRank,
+    LowRank,
+    MeanField,
+    Pathfinder,
+)
+from scoreprior.vi.bounds import estimate
+from scoreprior.vi.diagnose import diagnose, largest_k_hat
+from stats import assert_cov, assert_masses, assert_mean, require_power
+
+pytestmark = pytest.mark.promotes_ranks
+
+KEY = jax.random.key(5)
+SD = 0.2  # so that the posterior of the noise is strongly correlated
+
+
+def build(denoiser, density=None, num_steps=1):
+    flow = Flow(denoiser, denoiser.moments(), sigma_min=0.1, solver=FixedGrid(num_steps))
+    return ScorePrior(flow, density)
+
+
+PRIOR = build(GAUSSIAN)
+COV_Y = jnp.eye(1) * SD**2
+LAW = oracles.at_level(GAUSSIAN, 0.1)
+EXACT = oracles.posterior(PRIOR, A_G, Y_G, COV_Y)
+LOG_EVIDENCE = float(LAW.log_evidence(A_G, Y_G, COV_Y))
+
+
+def sharp(y):
+    x = numpyro.sample("x", PRIOR)
+    numpyro.sample("y", dist.Normal(A_G @ x, SD).to_event(1), obs=y)
+
+
+@functools.cache
+def problem():
+    return Problem.from_model(sharp, Y_G)
+
+
+def run(engine, of=None, key=KEY):
+    """Draws, without the k-hat warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "k-hat is")
+        return engine.run(of or problem(), key, progress=False)
+
+
+def number(draws, name):
+    return float(draws.extra[name][1])
+
+
+def values(draws, name="x"):
+    x = jax.jit(jax.vmap(jax.vmap(draws.problem.constrain)))(draws.positions)[name]
+    return np.asarray(x)[0]
+
+
+def noise_precision():
+    """Precision of the posterior of `u`, by the affine map that the flow of a Gaussian is."""
+    slope = A_G @ jax.jacfwd(PRIOR.flow.to_data)(jnp.zeros(2))
+    return np.asarray(jnp.eye(2) + slope.T @ slope / SD**2)
+
+
+@pytest.mark.parametrize("guide", [FullRank(), LowRank(1)], ids=repr)
+def test_a_gaussian_posterior_is_found_exactly(guide):
+    draws = run(VI(guide, 1500, 40_000))
+    assert abs(number(draws, "elbo") - LOG_EVIDENCE) < 1e-3
+    assert abs(number(draws, "log_evidence") - LOG_EVIDENCE) < 1e-3
+    # Where the weights do not vary, neither estimate has an error: the landing was stuck.
+    assert number(draws, "elbo_se") < 5e-4
+    mean, covariance = oracles.moments(EXACT)
+    x = values(draws)
+    assert_mean(x, mean)
+    assert_cov(x, covariance)
+    with pytest.raises(AssertionError, match="outside 5 standard errors"):
+        assert_cov(x, 1.1 * covariance)
+
+
+def test_mean_field_has_the_conditional_variances_and_the_known_gap():
+    precision = noise_precision()
+    fitted = VI(MeanField(), 1500).fit(problem(), KEY, progress=False)
+    variance = np.exp(2 * np.asarray(fitted.params["log_scale"]))
+    np.testing.assert_allclose(variance, 1 / np.diag(precision), rtol=0.03)
+    gap = (np.log(np.diag(precision)).sum() - np.linalg.slogdet(precision)[1]) / 2
+    with pytest.warns(UserWarning, match=r"k-hat is .*biased and log_evidence is unreliable"):
+        draws = fitted.run(problem(), KEY)
+    elbo, se = number(draws, "elbo"), number(draws, "elbo_se")
+    assert abs(elbo - (LOG_EVIDENCE - gap)) <= 5 * se
+    require_power(se, gap, bias=0.2)
+    # The tail is that of the direction in which the guide is narrowest, 1 - var_q / var_p.
+    ratio = np.linalg.eigvalsh(np.diag(1 / np.sqrt(np.diag(precision))) @ precision
+                               @ np.diag(1 / np.sqrt(np.diag(precision)))).min()  # fmt: skip
+    assert 1 - ratio > 0.7
+    assert number(draws, "khat") > largest_k_hat(1000)
+
+
+def test_flows_bend_to_the_posterior_and_know_their_density():
+    fitted = VI(IAF(), 1500).fit(problem(), KEY, progress=False)
+    draws = fitted.run(problem(), KEY)
+    elbo, se = number(draws, "elbo"), number(draws, "elbo_se")
+    assert LOG_EVIDENCE - 0.03 < elbo < LOG_EVIDENCE + 5 * se
+    few = {name: x[0, :20] for name, x in draws.positions.items()}
+    log_q = draws.stats["lp"][0, :20] - draws.stats["log_weight"][0, :20]
+    np.testing.assert_allclose(jax.vmap(fitted.log_prob)(few), log_q, rtol=1e-6)
+
+
+# A plain Gaussian target in two dimensions, its evidence 1.
+TARGET = dist.MultivariateNormal(
+    jnp.array([0.3, -0.2]), precision_matrix=jnp.array([[2.0, 0.8], [0.8, 1.0]])
+)
+BROAD = {"loc": jnp.array([0.5, 0.0]), "log_scale": jnp.log(jnp.array([0.8, 0.9]))}
+
+
+def estimates(bound, num, guide=MeanField(), params=BROAD, gradient=False):  # noqa: B008
+    function = lambda params, key: estimate(bound, guide, params, TARGET.log_prob, key)
+    function = jax.grad(function) if gradient else function
+    keys = jax.random.split(KEY, num)
+    return jax.jit(jax.vmap(function, (None, 0)))(params, keys)
+
+
+def test_bounds_are_ordered_and_the_elbo_is_minus_the_divergence():
+    elbo, tight = (np.asarray(estimates(b, 20_000)) for b in (ELBO(4), IWELBO(4)))
+    q = MeanField().distribution(BROAD).base_dist
+    full = dist.MultivariateNormal(q.loc, jnp.diag(q.scale**2))
+    divergence = float(dist.kl_divergence(full, TARGET))
+    assert_mean(elbo, -divergence)
+    assert np.mean(elbo) + 5 * elbo.std() / 141 < np.mean(tight)
+    assert np.mean(tight) + 5 * tight.std() / 141 < 0
+
+
+def test_sticking_the_landing_changes_the_noise_and_not_the_gradient():
+    class Costly(MeanField):
+        has_cheap_density = False  # the plain estimator
+
+    def rows(gradient):
+        return np.concatenate([np.asarray(gradient[name]) for name in ("loc", "log_scale")], 1)
+
+    stuck = rows(estimates(ELBO(4), 20_000, gradient=True))
+    plain = rows(estimates(ELBO(4), 20_000, guide=Costly(), gradient=True))
+    se = np.hypot(stuck.std(0), plain.std(0)) / np.sqrt(20_000)
+    assert (np.abs(stuck.mean(0) - plain.mean(0)) <= 5 * se).all()
+    require_power(se, np.abs(plain.mean(0)).max(), bias=0.1)
+    # At the posterior itself nothing is left of the noise.
+    scale_tril = np.linalg.cholesky(np.linalg.inv(TARGET.precision_matrix))
+    scale = np.diag(scale_tril)
+    lower = jnp.asarray([(scale_tril / scale[:, None])[1, 0]])
+    params = {"loc": TARGET.loc, "log_scale": jnp.log(scale), "lower": lower}
+    landed = estimates(ELBO(4), 100, guide=FullRank(), params=params, gradient=True)
+    assert all(np.abs(leaf).max() < 1e-10 for leaf in landed.values())
+
+
+@pytest.mark.parametrize("shape", [0.3, 0.6, 0.9])
+def test_k_hat_is_the_shape_of_a_pareto_tail(shape):
+    log_weights = shape * np.random.default_rng(1).exponential(size=40_000)
+    found, weights = diagnose(log_weights)
+    khat = float(found["khat"][1])
+    tail = 3 * np.sqrt(len(log_weights))
+    assert abs(khat - shape) <= 5 * (1 + shape) / np.sqrt(tail)
+    theirs, their_khat = array_stats.psislw(log_weights)
+    np.testing.assert_allclose(khat, their_khat, atol=0.02)
+    # They cut at the k-hat of 1/3 in another place; both are normalised.
+    if shape > 0.4:
+        np.testing.assert_allclose(np.log(weights), theirs - np.log(np.exp(theirs).sum()), atol=0.2)
+
+
+def test_weights_that_differ_by_rounding_have_no_tail():
+    rng = np.random.default_rng(0)
+    log_weights = (np.float32(-120.0) + 1e-5 * rng.integers(0, 2, 1000)).astype(np.float32)
+    found, weights = diagnose(log_weights)
+    assert found["khat"][1] == 0
+    np.testing.assert_allclose(weights, 1e-3)
+
+
+# Two modes: the likelihood of a Gaussian prior is a mixture of Gaussians in the first entry.
+MODES, MASSES, WIDTH = jnp.array([-3.0, 3.0]), jnp.array([0.75, 0.25]), 0.4
+FIRST = jnp.array([[1.0, 0.0]])
+
+
+def two_modes():
+    x = numpyro.sample("x", PRIOR)
+    numpyro.factor(
+        "modes", jax.nn.logsumexp(jnp.log(MASSES) + dist.Normal(MODES, WIDTH).log_prob(x[0]))
+    )
+
+
+def shares_of_modes():
+    """Log evidence, and the mass of each mode."""
+    cov_y = jnp.eye(1) * WIDTH**2
+    each = jnp.stack([LAW.log_evidence(FIRST, mode[None], cov_y) for mode in MODES])
+    log_masses = each + jnp.log(MASSES)
+    return float(jax.nn.logsumexp(log_masses)), np.asarray(jax.nn.softmax(log_masses))
+
+
+@functools.cache
+def bimodal():
+    return Problem.from_model(two_modes)
+
+
+def test_a_missed_mode_takes_its_mass_from_the_evidence():
+    log_evidence, masses = shares_of_modes()
+    assert masses.min() > 0.1
+    draws = run(VI(FullRank(), 1500, 4000), bimodal())
+    hits = (values(draws)[:, 0] > 0).mean()
+    assert hits in (0, 1), "the guide sits on one mode"
+    expected = log_evidence + np.log(masses[int(hits)])
+    se = number(draws, "log_evidence_se")
+    assert abs(number(draws, "log_evidence") - expected) <= 5 * se + 1e-3
+    assert number(draws, "log_evidence") < log_evidence - 0.2
+
+
+def test_paths_to_several_modes_add_up():
+    log_evidence, masses = shares_of_modes()
+    draws = run(Pathfinder(8, 20_000), bimodal())
+    se = number(draws, "log_evidence_se")
+    assert abs(number(draws, "log_evidence") - log_evidence) <= 5 * se
+    require_power(se, 1.0, bias=0.1)
+    ratios = np.exp(draws.stats["log_weight"][0] - draws.stats["log_weight"].max())
+    # Weighted, then resampled: the noise of both.
+    ess = 1 / (1 / 20_000 + (1 + ratios.var() / ratios.mean() ** 2) / 20_000)
+    x = values(draws)
+    assert_masses((x[:, 0] > 0).astype(int), masses, ess=ess)
+
+
+@pytest.mark.parametrize("density", [FlowDensity(), BoundDensity(256)], ids=["flow", "bound"])
+def test_centred_inference_of_a_mixture_with_published_densities(density):
+    prior = build(MIXTURE, density, 5)
+
+    def model():
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.MultivariateNormal(A_M @ x, COV_M), obs=Y_M)
+
+    exact = oracles.posterior(prior, A_M, Y_M, COV_M)
+    truth = float(oracles.at_level(MIXTURE, 0.1).log_evidence(A_M, Y_M, COV_M))
+    draws = run(VI(FullRank(), 600, 8000, centred=True, resample=True), Problem.from_model(model))
+    se = number(draws, "log_evidence_se")
+    assert abs(number(draws, "log_evidence") - truth) <= 5 * se + 0.02  # the noise of the bound
+    mean, covariance = oracles.moments(exact)
+    assert_mean(values(draws), mean, ess=2500, bias=0.15)
+    assert_cov(values(draws), covariance, ess=2500, bias=0.3)
+
+
+def test_an_unknown_noise_level_by_resampled_draws():
+    y = jnp.array([[-1.2, 0.3]])
+    location, width = -0.5, 0.5
+
+    def model(y):
+        scale = numpyro.sample("scale", dist.LogNormal(location, width))
+        with numpyro.plate("image", 1):
+            x = numpyro.sample("x", PRIOR)
+            numpyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
+
+    exact = oracles.UnknownScale(PRIOR, y, location, width)
+    draws = run(VI(FullRank(), 1500, 20_000, resample=True), Problem.from_model(model, y))
+    ess = 8000
+    mean, variance = exact.scale_moments()
+    scale = values(draws, "scale")[:, None]
+    assert_mean(scale, mean, ess=ess, bias=0.08)
+    assert_cov(scale, variance, ess=ess, bias=0.2)
+    assert_mean(values(draws)[:, 0], exact.mean()[0], ess=ess, bias=0.08)
