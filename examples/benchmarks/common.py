@@ -77,6 +77,35 @@ def write(path: Path, results: dict[str, Any]) -> None:
     print(f"\n{machine['processor']}, {machine['cores']} cores, {machine['device']}; {path}")
 
 
+class Progress:
+    """Results kept beside `output`, a line each, so that a program that was stopped goes on.
+
+    `progress(name, settings, compute)` is `compute()`, or what it was when `name` was computed
+    under the same `settings` before. Delete the file to measure again.
+    """
+
+    def __init__(self, output: Path):
+        self.path = output.with_suffix(".jsonl")
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.done = {tuple(map(str, key)): result for key, result in map(json.loads, lines)}
+
+    def __call__(self, name: str, settings: Any, compute: Callable[[], Any]) -> Any:
+        key = name, str(settings)
+        if key not in self.done:
+            self.done[key] = json.loads(json.dumps(compute()))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps([key, self.done[key]]) + "\n")
+            print(name, json.dumps(_rounded(self.done[key])), flush=True)
+        return self.done[key]
+
+
+def _rounded(result: Any) -> Any:
+    if isinstance(result, dict):
+        return {name: _rounded(value) for name, value in result.items()}
+    return float(f"{result:.3g}") if isinstance(result, float) else result
+
+
 def median_seconds(function: Callable[[], Any], repeats: int) -> float:
     """Median time of `function()`, waiting for its result, after one call that is not counted."""
     jax.block_until_ready(function())

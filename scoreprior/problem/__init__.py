@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
@@ -46,6 +47,7 @@ class Problem:
     kwargs: dict[str, Any]
     sites: Sites
     is_centred: bool = False
+    family: "Problem | None" = None
 
     @classmethod
     def from_model(cls, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Problem":
@@ -58,6 +60,21 @@ class Problem:
         if not callable(model):
             raise TypeError(f"model must be a NumPyro model, a callable, got {model!r}")
         return cls(model, args, kwargs, find_sites(model, args, kwargs))
+
+    def with_data(self, /, *args: Any, **kwargs: Any) -> "Problem":
+        """The problem of `model(*args, **kwargs)`, for compiled programs that many data sets share.
+
+        Programs compiled for one problem made here run all the others made from the same problem
+        whose arguments have the same shapes: arrays are inputs of the programs, while any other
+        argument, a number too, is compiled in. What the model reads beside its arguments must stay
+        as it is. Raises `ValueError` as `from_model` does, and for a model that cannot be traced
+        without the values of its arrays, such as one that picks entries by a boolean mask.
+        """
+        sites = find_sites(self.model, args, kwargs)
+        family = self.family or self
+        problem = replace(self, args=args, kwargs=kwargs, sites=sites, family=family)
+        problem._check_inputs()
+        return problem
 
     def centred(self, *, with_value: bool = True) -> "Problem":
         """The same problem in the centred form.
@@ -167,6 +184,22 @@ class Problem:
         found = ", ".join(f"{kind}={list(sites)}" for kind, sites in kinds if sites)
         return f"Problem({name}, {found}, {'centred' if self.is_centred else 'non-centred'})"
 
+    def _check_inputs(self) -> None:
+        def everything(problem: Problem) -> Any:
+            position = problem.initial(jax.random.key(0))
+            values = problem.constrain(position)
+            return problem.log_density(position), problem.predict(jax.random.key(0), values)
+
+        try:
+            hash(tuple(leaf for leaf in jax.tree.leaves(self) if not eqx.is_array(leaf)))
+            eqx.filter_eval_shape(everything, self)
+        except (TypeError, IndexError) as error:
+            raise ValueError(
+                "the arguments of the model cannot be inputs of a compiled program: arrays must do "
+                "without their values being known, and all else must be hashable; use "
+                f"Problem.from_model for every data set ({error})"
+            ) from error
+
     def _with_params(self) -> Callable[..., Any]:
         # Parameters keep the values found first; a key drawn inside the model is always the same.
         model = seed(self.model, jax.random.key(0), hide_types=["sample", "plate", "control_flow"])
@@ -206,6 +239,32 @@ class Problem:
         for transform in reversed(peel(site["fn"])[0].transforms):
             value = transform.inv(value)
         return value
+
+
+def _flatten(problem: Problem) -> tuple[tuple[Any, ...], Any]:
+    """Of a problem made by `with_data`, its arguments; all else is equal within its family.
+
+    Any other problem is one piece, known by its identity.
+    """
+    if problem.family is None:
+        return (), problem
+    sites = problem.sites
+    kinds = tuple(tuple(kind.values()) for kind in sites[:4])
+    inputs = (problem.args, problem.kwargs, sites.data, sites.params)
+    return inputs, (problem.family, problem.is_centred, kinds)
+
+
+def _unflatten(static: Any, inputs: tuple[Any, ...]) -> Problem:
+    if isinstance(static, Problem):
+        return static
+    family, is_centred, kinds = static
+    args, kwargs, data, params = inputs
+    priors, latents, observed, computed = ({site.name: site for site in kind} for kind in kinds)
+    sites = Sites(priors, latents, observed, computed, data, params)
+    return Problem(family.model, args, kwargs, sites, is_centred, family)
+
+
+jax.tree_util.register_pytree_node(Problem, _flatten, _unflatten)
 
 
 class _FromNoise(TransformReparam):
