@@ -23,7 +23,6 @@ from scoreprior.gaussian import Moments
 from scoreprior.mcmc import (
     HMC,
     MALA,
-    NUTS,
     Barker,
     DynamicHMC,
     EllipticalSlice,
