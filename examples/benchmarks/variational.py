@@ -8,10 +8,10 @@ centred with the density of the probability-flow ODE and its exact trace, as in 
 but whitened and on ten steps of a fixed grid, which makes it cheaper than theirs; and centred with
 `BoundDensity(32)`, as in Feng & Bouman (2024), judged by its own, lower ELBO.
 
-Every form gets its best learning rate of three, by the time to the target. The target is the ELBO
-that the centred ODE form holds at the end of its steps, at its best rate, less one nat. Estimates
-are means over 20 steps. Times are those of the compiled steps alone, medians over runs: wall
-seconds, and seconds of all processors, which other work on the machine changes less.
+Every form gets the better of two learning rates, by the time to the target; 0.1 diverges. The
+target is the ELBO that the centred ODE form holds at the end of its steps, at its best rate, less
+one nat. Estimates are means over 20 steps. Times are those of the compiled steps alone, medians
+over runs: wall seconds, and seconds of all processors, which other work changes less.
 """
 
 import statistics
@@ -33,7 +33,7 @@ from scoreprior.vi import FullRank
 from scoreprior.vi.engine import _advance, _start
 from scoreprior.vi.frame import form
 
-RATES = (0.01, 0.03, 0.1)
+RATES = (0.01, 0.03)
 CHUNK = 20
 ODE = "centred, ODE density"
 
