@@ -130,7 +130,7 @@ def test_posterior_of_a_gaussian_and_a_mixture_prior(name):
     check_two_priors(values, bias)
     with pytest.raises(AssertionError, match="outside 5 standard errors"):
         check_two_priors(values, bias, scale=0.7)
-    last = {site: leaf[0, -1] for site, leaf in result.positions.items()}
+    last = {site: jnp.asarray(leaf[0, -1]) for site, leaf in result.positions.items()}
     np.testing.assert_allclose(result.stats["lp"][0, -1], of.log_density(last), rtol=1e-10)
     assert not result.stats.get("diverging", np.zeros(1)).any()
 
