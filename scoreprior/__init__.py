@@ -8,12 +8,13 @@ Six nouns, one verb each:
 - a **flow** maps noise to data and back (`Flow`);
 - a **prior** is a NumPyro distribution that samples and has a `log_prob` (`ScorePrior`);
 - a **problem** is what a NumPyro model with such a prior asks (`Problem`);
-- an **engine** runs and answers it (`NUTS`, `TemperedSMC`, `VI`, `Pathfinder`, through `infer`).
+- an **engine** runs and answers it (`NUTS`, `TemperedSMC`, `NestedSampling`, through `infer`).
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from scoreprior import denoise, nn, sample, train, vi
+from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.density import (
     BoundDensity,
     Exact,
@@ -22,15 +23,37 @@ from scoreprior.density import (
     ScoreGradient,
     ScoreOnly,
 )
-from scoreprior.flow import Adaptive, FixedGrid, Flow
+from scoreprior.flow import Adaptive, FixedGrid, Flow, Multistep
 from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
-from scoreprior.mcmc import NUTS
+from scoreprior.mcmc import (
+    HMC,
+    MALA,
+    MCLMC,
+    MEADS,
+    NUTS,
+    SGHMC,
+    SGLD,
+    SVGD,
+    AdjustedMCLMC,
+    AnnealedLangevin,
+    Barker,
+    ChEES,
+    DynamicHMC,
+    EllipticalSlice,
+    GivenValues,
+    GuideDraws,
+    LatentGaussian,
+    PredictorCorrector,
+    PriorDraws,
+    RandomWalk,
+    Slice,
+)
 from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
-from scoreprior.smc import TemperedSMC
+from scoreprior.smc import NestedSampling, PersistentSMC, TemperedSMC
 from scoreprior.vi import VI, Pathfinder, REDDiff
 
 try:
@@ -39,32 +62,57 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "HMC",
+    "MALA",
+    "MCLMC",
+    "MEADS",
     "NUTS",
+    "SGHMC",
+    "SGLD",
+    "SVGD",
     "VI",
     "Adaptive",
+    "AdjustedMCLMC",
+    "AnnealedLangevin",
+    "Barker",
     "BoundDensity",
+    "ChEES",
     "Dense",
     "Diagonal",
+    "DynamicHMC",
+    "EllipticalSlice",
     "Exact",
     "FixedGrid",
     "Flow",
     "FlowDensity",
     "Fourier",
+    "GivenValues",
+    "GuideDraws",
     "Hutchinson",
     "Isotropic",
+    "LatentGaussian",
     "Moments",
+    "Multistep",
+    "NestedSampling",
     "Pathfinder",
+    "PersistentSMC",
+    "PredictorCorrector",
+    "PriorDraws",
     "Problem",
     "REDDiff",
+    "RandomWalk",
     "ScoreGradient",
     "ScoreOnly",
     "ScorePrior",
+    "Slice",
     "TemperedSMC",
+    "compare",
     "denoise",
     "infer",
     "load",
     "load_images",
     "load_metadata",
+    "log_bayes_factor",
     "nn",
     "plot_posterior_images",
     "sample",

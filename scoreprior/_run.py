@@ -59,6 +59,36 @@ class Loop(NamedTuple):
     is_finished: Callable[[PyTree[np.ndarray]], bool] | None = None
 
 
+def run_first(
+    first: Callable[[], Any],
+    num_steps: int,
+    *,
+    progress: bool,
+    checkpoint: "Checkpoint | None",
+) -> Any:
+    """The state in which a loop starts, `first()`, which takes a warm-up of `num_steps` steps.
+
+    A warm-up has its own progress bar, which moves when it ends, and its result is stored at once.
+    Where `checkpoint` holds a state already, nothing is computed, and the result is a template of
+    it. Ctrl-C, which is heard when the warm-up ends, raises `KeyboardInterrupt`.
+    """
+    if checkpoint is not None and checkpoint.has_state:
+        return jax.eval_shape(first)
+    if not num_steps:
+        return first()
+    bar = tqdm(total=num_steps, desc="warm-up", disable=not progress, dynamic_ncols=True)
+    try:
+        state = jax.block_until_ready(first())
+        bar.update(num_steps)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted in the warm-up, before the first draw") from None
+    finally:
+        bar.close()
+    if checkpoint is not None:
+        checkpoint.save(0, state, [])
+    return state
+
+
 def run_chunks(
     advance: Callable[[Any, int, int], tuple[Any, PyTree[Any]]],
     state: Any,
@@ -133,12 +163,16 @@ class Checkpoint:
         self.settings = json.loads(json.dumps({"format": FORMAT, **settings}))
         self._check()
 
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a state to resume from."""
+        return (self.path / "state.npz").exists()
+
     def load(self, template: Any) -> tuple[int, Any, list[Chunk]]:
         """Steps done, state and chunks; 0, `template` and none where nothing is stored yet."""
-        state_file = self.path / "state.npz"
-        if not state_file.exists():
+        if not self.has_state:
             return 0, template, []
-        stored = self._read(state_file)
+        stored = self._read(self.path / "state.npz")
         done, starts = int(stored["done"]), stored["starts"]
         leaves = [jnp.asarray(stored[name]) for name in _names(template)]
         state = jax.tree.unflatten(jax.tree.structure(template), leaves)
@@ -175,7 +209,7 @@ class Checkpoint:
                 f"checkpoint {self.path} is of another run, it differs in {', '.join(pairs)}: "
                 + _ADVICE
             )
-        if (self.path / "state.npz").exists():
+        if self.has_state:
             self._starts = [int(start) for start in self._read(self.path / "state.npz")["starts"]]
 
     def _file(self, start: int) -> Path:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scoreprior._typing import Event, Scalar
+from scoreprior._typing import Event, Scalar, Sigma
 from scoreprior._util import check_count, check_positive
 from scoreprior.flow import Flow
 
@@ -118,7 +118,7 @@ class FlowDensity(AbstractDensity):
         value = lambda flow, x: jnp.mean(self.estimates(flow, x))  # noqa: E731
         if self.gradient is None:
             return value(flow, x)
-        return _with_score(flow, x, value=value, sigma=self.gradient.level(flow))
+        return with_score(flow, x, value=value, sigma=self.gradient.level(flow))
 
     def estimates(self, flow: Flow, x: Event) -> Float[Array, " n"]:
         """Estimates of `log p(x)`, one per probe; one in all when the trace is exact."""
@@ -194,26 +194,31 @@ class BoundDensity(AbstractDensity):
 class ScoreOnly(AbstractDensity):
     """No density: a prior with draws and scores but no `log_prob`.
 
-    Non-centred inference needs none. What does need one raises `NotImplementedError`.
+    Non-centred inference needs none, and neither do the engines that follow a score: `SGLD`,
+    `SGHMC`, `SVGD`, `PredictorCorrector` and `AnnealedLangevin`. What does need one raises
+    `NotImplementedError`.
     """
 
     def log_prob(self, flow: Flow, x: Event) -> Scalar:
         raise NotImplementedError(
             "ScoreOnly has no log_prob. Sample in the non-centred form (the default of "
-            "scoreprior.infer, or numpyro's TransformReparam), which needs no density, or give the "
-            "prior one: ScorePrior(flow, density=FlowDensity())"
+            "scoreprior.infer, or numpyro's TransformReparam), which needs no density; or with an "
+            "engine that follows the score: SGLD, SGHMC, SVGD, PredictorCorrector or "
+            "AnnealedLangevin; or give the prior a density: "
+            "ScorePrior(flow, density=FlowDensity())"
         )
 
 
 @eqx.filter_custom_jvp
-def _with_score(flow: Flow, x: Event, *, value: Callable[..., Scalar], sigma: float) -> Scalar:
+def with_score(flow: Flow, x: Event, *, value: Callable[..., Scalar], sigma: Sigma) -> Scalar:
+    """`value(flow, x)`, whose gradient in `x` is the score of the denoiser at level `sigma`."""
     return value(flow, x)
 
 
-@_with_score.def_jvp
+@with_score.def_jvp
 def _with_score_jvp(primals, tangents, *, value, sigma):
     (flow, x), (flow_tangent, x_tangent) = primals, tangents
-    out = _with_score(flow, x, value=value, sigma=sigma)
+    out = with_score(flow, x, value=value, sigma=sigma)
     tangent = jnp.zeros_like(out)
     if jax.tree.leaves(flow_tangent):
         tangent += eqx.filter_jvp(lambda f: value(f, x), (flow,), (flow_tangent,))[1]

@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ MAX_R_HAT = 1.05
 
 
 def infer(
-    model: Callable[..., Any],
+    model: Callable[..., Any] | Problem,
     engine: Any,
     /,
     *args: Any,
@@ -48,6 +49,9 @@ def infer(
     **kwargs: Any,
 ) -> DataTree:
     """Infer the latent sites of the NumPyro model `model(*args, **kwargs)` with `engine`.
+
+    For many data sets of the same shapes, pass a `Problem` as the model: that is
+    `problem.with_data(*args, **kwargs)`, and programs are compiled once.
 
     **Arguments:** `engine`, such as `NUTS(...)`. `progress`: show a bar. `checkpoint`: a directory
     from which the same call resumes a stopped run. `num_prior`: number of prior draws to add, with
@@ -67,7 +71,8 @@ def infer(
     import arviz as az
 
     _check_arguments(model, engine, args, key, num_prior)
-    problem = Problem.from_model(model, *args, **kwargs)
+    build = model.with_data if isinstance(model, Problem) else partial(Problem.from_model, model)
+    problem = build(*args, **kwargs)
     names = name_axes(problem.sites, dims or {})
     _check_coords(problem.sites, names, coords or {})
     key_run, key_prior, key_predictive = jax.random.split(key, 3)
@@ -84,12 +89,15 @@ def infer(
         groups["prior"], groups["prior_predictive"] = _prior(problem, num_prior, key_prior)
     if problem.sites.data:
         groups["observed_data"] = problem.sites.data
-    tree = az.from_dict(
-        jax.tree.map(np.asarray, groups),
-        dims=names,
-        coords=dict(coords or {}),
-        attrs={"/": _provenance(engine, draws, sampling_time)},
-    )
+    with warnings.catch_warnings():
+        # Of ensembles, which may well have more chains than draws.
+        warnings.filterwarnings("ignore", "Found chain dimension to be longer than draw")
+        tree = az.from_dict(
+            jax.tree.map(np.asarray, groups),
+            dims=names,
+            coords=dict(coords or {}),
+            attrs={"/": _provenance(engine, draws, sampling_time)},
+        )
     tree["sample_stats"].dataset = tree["sample_stats"].to_dataset().assign(draws.extra)
     _warn_r_hat(tree)
     return tree
@@ -216,8 +224,9 @@ def _warn_r_hat(tree: DataTree) -> None:
 
 
 def _check_arguments(
-    model: Callable[..., Any], engine: Any, args: tuple[Any, ...], key: Any, num_prior: Any
+    model: Any, engine: Any, args: tuple[Any, ...], key: Any, num_prior: Any
 ) -> None:
+    model = model.model if isinstance(model, Problem) else model
     if not callable(model):
         raise TypeError(f"model must be a NumPyro model, a callable, got {model!r}")
     if isinstance(engine, type) or not callable(getattr(engine, "run", None)):

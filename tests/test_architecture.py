@@ -17,12 +17,12 @@ MAX_LINES = 399
 # A module imports strictly lower rungs, and its own package.
 LADDER = (
     {"_typing", "_util", "gaussian", "operators"},
-    {"denoise", "nn"},
+    {"denoise", "nn", "solver"},
     {"density", "flow", "sample", "train"},
     {"io", "prior"},
     {"_run", "guide", "problem"},
     {"mcmc", "smc", "vi"},
-    {"check", "infer", "plot", "sbi"},
+    {"check", "compare", "infer", "plot", "sbi"},
     {"cli"},
 )
 RUNG = {name: rung for rung, names in enumerate(LADDER) for name in names}
@@ -34,17 +34,18 @@ NEIGHBOURS = {("density", "flow"), ("io", "prior"), ("_util", "_typing")} | {
 # of the library: its demo writes a NumPyro model and summarises the result, as a user does.
 EVERYWHERE = {"equinox", "jax", "jaxtyping", "numpy"}
 DOORS = {
-    "arviz": {"infer", "sbi", "check", "plot", "cli"},
+    "arviz": {"compare", "infer", "sbi", "check", "plot", "cli"},
     "blackjax": {"mcmc", "smc", "vi"},
     "dask": {"sbi"},
-    "diffrax": {"flow"},
+    "diffrax": {"solver"},
     "matplotlib": {"plot"},
     "numpyro": {"prior", "problem", "vi", "infer", "sbi", "check", "cli"},
-    "optax": {"train", "vi"},
+    "optax": {"mcmc", "train", "vi"},
+    "pandas": {"compare"},
     "safetensors": {"io", "train", "mcmc", "infer"},
     "sklearn": {"cli"},
     "tqdm": {"_run", "train", "sbi", "cli"},
-    "xarray": {"infer", "sbi", "check", "plot"},
+    "xarray": {"compare", "infer", "sbi", "check", "plot"},
 }
 LAZY = {"dask", "diffrax", "matplotlib", "sklearn"}
 STANDARD = set(sys.stdlib_module_names)
@@ -186,7 +187,7 @@ def test_no_path_of_one_machine(path):
 PLANTED = {
     "denoise/base.py": "from scoreprior.flow import Flow",
     "density.py": "from . import flow\nfrom . import prior",
-    "flow.py": "def f():\n    import diffrax",
+    "solver.py": "def f():\n    import diffrax",
     "io.py": "from scoreprior import prior\nimport torch",
     "mcmc/nuts.py": "def f():\n    import numpyro.infer",
     "mcmc/hmc.py": "from scoreprior.mcmc.nuts import x\nfrom ..smc import y",

@@ -25,6 +25,7 @@ from scoreprior.flow import (
     Flow,
     LogRatioTime,
     LogTime,
+    Multistep,
     PowerTime,
 )
 from scoreprior.gaussian import HartleyBasis, Moments
@@ -54,15 +55,10 @@ def log_prob(flow, x):
     return jax.jit(FlowDensity().log_prob)(flow, x)
 
 
+@pytest.mark.parametrize("solver", [FixedGrid(1, method=EULER), Multistep(3)], ids=["Euler", "AB"])
 @pytest.mark.parametrize("moments", GAUSSIANS.values(), ids=GAUSSIANS)
-def test_gaussian_data_are_exact_with_one_step_of_any_method(moments):
-    flow = Flow(
-        Gaussian(moments),
-        moments,
-        sigma_min=SIGMA,
-        sigma_max=2.0,
-        solver=FixedGrid(1, method=EULER),
-    )
+def test_gaussian_data_are_exact_with_the_fewest_steps_of_any_method(moments, solver):
+    flow = Flow(Gaussian(moments), moments, sigma_min=SIGMA, sigma_max=2.0, solver=solver)
     u = jax.random.normal(KEYS[3], SHAPE)
     np.testing.assert_allclose(flow.to_data(u), moments.colour(u, SIGMA), rtol=1e-9)
     np.testing.assert_allclose(flow.to_noise(X), moments.whiten(X, SIGMA), rtol=1e-9, atol=1e-9)
@@ -82,10 +78,11 @@ def test_log_det_is_that_of_the_numerical_map():
     np.testing.assert_allclose(u, flow.to_noise(X), rtol=1e-12)
 
 
-def test_both_directions_are_inverse_up_to_the_solver():
+@pytest.mark.parametrize(("solver", "scale"), [(FixedGrid, 1), (Multistep, 3)])
+def test_both_directions_are_inverse_up_to_the_solver(solver, scale):
     errors = []
     for num_steps in (10, 20, 40):
-        flow = mixture_flow(FixedGrid(num_steps, ArctanTime(1.5)))
+        flow = mixture_flow(solver(scale * num_steps, ArctanTime(1.5)))
         errors.append(float(jnp.abs(flow.to_data(flow.to_noise(X)) - X).max()))
     assert errors[2] < 1e-4
     assert errors[0] > 4 * errors[1] > 16 * errors[2]
@@ -107,6 +104,41 @@ def test_order_of_convergence(method, order, time):
         for n in (100, 200)
     )
     assert order - 0.35 < np.log2(coarse / fine) < order + 0.6
+
+
+@pytest.mark.parametrize("time", TIMES, ids=lambda t: type(t).__name__)
+def test_multistep_is_of_third_order_in_the_state_and_in_the_density(time):
+    def solve(solver):
+        u, log_det = mixture_flow(solver, sigma_max=20.0).to_noise_and_log_det(X, Exact())
+        return jnp.append(u.ravel(), log_det)
+
+    reference = solve(FixedGrid(600, time, RK4))
+    coarse, fine = (jnp.abs(solve(Multistep(n, time)) - reference) for n in (200, 400))
+    assert 2.65 < np.log2(coarse[:-1].max() / fine[:-1].max()) < 3.6
+    assert 2.65 < np.log2(coarse[-1] / fine[-1]) < 3.6
+
+
+def test_multistep_halves_the_error_of_kutta_at_equal_cost():
+    """Of the density of well separated components, from 30 evaluations (32 against 33)."""
+    means = 4 * jax.random.normal(KEYS[1], (3, *SHAPE))
+    law = GaussianMixture.diagonal(MIXTURE.weights, means, 0.3)
+    points = jax.vmap(law.sample)(jax.random.split(KEYS[1], 64))
+    truth = jax.vmap(lambda x: law.log_prob(x, SIGMA))(points)
+    default = Flow(law, law.moments(), sigma_min=SIGMA).solver
+    assert default.num_evaluations == 32
+
+    def error(solver):
+        flow = Flow(law, law.moments(), sigma_min=SIGMA, solver=solver)
+        values = jax.jit(jax.vmap(lambda x: FlowDensity().log_prob(flow, x)))(points)
+        return float(jnp.sqrt(jnp.mean((values - truth) ** 2)))
+
+    assert error(default) < 0.5 * error(FixedGrid(11, default.time))
+
+
+def test_gradient_through_multistep_is_the_score():
+    flow = mixture_flow(Multistep(200, ArctanTime(1.5)), sigma_max=1e3)
+    score = jax.grad(lambda x: MIXTURE.log_prob(x, SIGMA))(X)
+    np.testing.assert_allclose(jax.grad(lambda x: log_prob(flow, x))(X), score, atol=1e-4)
 
 
 def test_adaptive_solver_reaches_its_tolerance_and_grows_with_it():
@@ -179,6 +211,8 @@ def test_bad_noise_levels_are_named(kwargs, message):
 def test_other_bad_input_is_named(as_user):
     with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
         FixedGrid(0)
+    with pytest.raises(ValueError, match="num_steps must be at least 3, got 2"):
+        Multistep(2)
     with pytest.raises(TypeError, match="num_steps must be an int, got 2.5"):
         FixedGrid(2.5)
     with pytest.raises(ValueError, match="rtol must be a positive finite number, got 0"):

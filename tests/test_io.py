@@ -71,6 +71,7 @@ ROUND_TRIPS = {
         stationary(), solver=sp.FixedGrid(3, ArctanTime(1 / 3), HEUN)
     ),
     "U-Net": flow(unet(), stationary().moments(), solver=sp.FixedGrid(2, PowerTime())),
+    "multistep": flow(mixture(), solver=sp.Multistep(5, ArctanTime(0.7))),
     "adaptive": flow(mixture(), solver=sp.Adaptive(1e-3, 1e-3, LogRatioTime(0.1, 0.7))),
     "rescaled": flow(*moved()),
     "noise prediction": flow(noise_prediction(), mixture().moments()),

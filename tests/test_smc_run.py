@@ -24,7 +24,7 @@ from scoreprior.infer import infer
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
 from scoreprior.smc import HMCMoves, RandomWalkMoves, TemperedSMC
-from scoreprior.smc.tempered import _evidence
+from scoreprior.smc.report import pool_evidence
 
 pytestmark = pytest.mark.promotes_ranks
 
@@ -122,10 +122,10 @@ def test_the_tree(tmp_path):
 
 
 def test_the_evidence_of_groups_is_averaged():
-    found = _evidence(np.log([1.0, 2.0, 3.0]) - 5, True)
+    found = pool_evidence(np.log([1.0, 2.0, 3.0]) - 5, True)
     np.testing.assert_allclose(found["log_evidence"][1], np.log(2.0) - 5)
     np.testing.assert_allclose(found["log_evidence_se"][1], np.sqrt(0.5 / 6))
-    single = _evidence(np.array([-3.0]), True)
+    single = pool_evidence(np.array([-3.0]), True)
     assert single["log_evidence"][1] == -3.0
     assert np.isnan(single["log_evidence_se"][1])
 

@@ -18,7 +18,7 @@ import numpy as np
 
 import scoreprior
 from scoreprior.density import Exact, FlowDensity
-from scoreprior.flow import AbstractSolver, FixedGrid, Flow
+from scoreprior.flow import AbstractSolver, FixedGrid, Flow, Multistep
 from scoreprior.io import load, load_images
 
 BUDGETS = (8, 16, 32, 64)
@@ -75,6 +75,35 @@ def write(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"hardware": machine, **results}, indent=2) + "\n")
     print(f"\n{machine['processor']}, {machine['cores']} cores, {machine['device']}; {path}")
+
+
+class Progress:
+    """Results kept beside `output`, a line each, so that a program that was stopped goes on.
+
+    `progress(name, settings, compute)` is `compute()`, or what it was when `name` was computed
+    under the same `settings` before. Delete the file to measure again.
+    """
+
+    def __init__(self, output: Path):
+        self.path = output.with_suffix(".jsonl")
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.done = {tuple(map(str, key)): result for key, result in map(json.loads, lines)}
+
+    def __call__(self, name: str, settings: Any, compute: Callable[[], Any]) -> Any:
+        key = name, str(settings)
+        if key not in self.done:
+            self.done[key] = json.loads(json.dumps(compute()))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps([key, self.done[key]]) + "\n")
+            print(name, json.dumps(_rounded(self.done[key])), flush=True)
+        return self.done[key]
+
+
+def _rounded(result: Any) -> Any:
+    if isinstance(result, dict):
+        return {name: _rounded(value) for name, value in result.items()}
+    return float(f"{result:.3g}") if isinstance(result, float) else result
 
 
 def median_seconds(function: Callable[[], Any], repeats: int) -> float:
@@ -152,6 +181,8 @@ def rms(errors: jax.Array) -> float:
     return float(jnp.sqrt(jnp.mean(errors**2)))
 
 
-def steps_within(budget: int, solver: FixedGrid) -> FixedGrid:
+def steps_within(budget: int, solver: FixedGrid | Multistep) -> FixedGrid | Multistep:
     """`solver` with as many whole steps as `budget` evaluations allow."""
+    if isinstance(solver, Multistep):
+        return Multistep(budget - 2, solver.time)
     return FixedGrid(budget // len(solver.method.nodes), solver.time, solver.method)

@@ -26,7 +26,7 @@ from common import (
 )
 
 from scoreprior.denoise import GaussianMixture
-from scoreprior.flow import HEUN, ArctanTime, FixedGrid, Flow, LogTime, PowerTime
+from scoreprior.flow import HEUN, ArctanTime, FixedGrid, Flow, LogTime, Multistep, PowerTime
 
 SIGMA_MIN = 0.05
 KINDS = {
@@ -61,15 +61,18 @@ def errors(law: GaussianMixture, num: int) -> dict[str, list[float]]:
     flow = Flow(law, law.moments(), sigma_min=SIGMA_MIN)
     points = draws(law, num)
     truth = jax.vmap(lambda x: law.log_prob(x, SIGMA_MIN))(points)
-    times = {
-        "**default: log-ratio time, Kutta-3**": flow.solver.time,
-        "arctan time, Kutta-3": ArctanTime(1.0),
-        "log time, Kutta-3": LogTime(),
-        "rho = 7 time, Kutta-3": PowerTime(7.0),
+    default = flow.solver.time
+    schemes = {
+        "**default: log-ratio time, Adams-Bashforth**": flow.solver,
+        "arctan time, Adams-Bashforth": Multistep(3, ArctanTime(1.0)),
+        "log-ratio time, Kutta-3": FixedGrid(1, default),
+        "arctan time, Kutta-3": FixedGrid(1, ArctanTime(1.0)),
+        "log time, Kutta-3": FixedGrid(1, LogTime()),
+        "rho = 7 time, Kutta-3": FixedGrid(1, PowerTime(7.0)),
     }
     found = {}
-    for name, time in times.items():
-        solvers = [steps_within(budget, FixedGrid(1, time)) for budget in BUDGETS]
+    for name, scheme in schemes.items():
+        solvers = [steps_within(budget, scheme) for budget in BUDGETS]
         values = [log_probs(with_solver(flow, solver), points) for solver in solvers]
         found[name] = [rms(value - truth) for value in values]
     edm = FixedGrid(1, PowerTime(7.0), HEUN)

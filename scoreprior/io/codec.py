@@ -26,7 +26,7 @@ PARTS = (
     denoise.VP,
     *(density.BoundDensity, density.FlowDensity, density.ScoreOnly, density.ScoreGradient),
     *(density.Exact, density.Hutchinson),
-    *(flow.Adaptive, flow.FixedGrid, flow.Flow, flow.RungeKutta),
+    *(flow.Adaptive, flow.FixedGrid, flow.Flow, flow.Multistep, flow.RungeKutta),
     *(flow.ArctanTime, flow.LogRatioTime, flow.LogTime, flow.PowerTime),
     *(gaussian.Eigenbasis, gaussian.HartleyBasis, gaussian.Moments, gaussian.StandardBasis),
 )

@@ -32,10 +32,13 @@ class WarmupState(NamedTuple):
 
 
 class Warmup(eqx.Module):
-    """Adaptation towards a mean acceptance rate of `target_accept` in every chain."""
+    """Adaptation towards a mean acceptance rate of `target_accept` in every chain.
+
+    Without one, `None`, step sizes stay as they are and the mass matrix alone is learned.
+    """
 
     num_steps: int = eqx.field(static=True)
-    target_accept: float = eqx.field(static=True)
+    target_accept: float | None = eqx.field(static=True)
     dense_mass: bool = eqx.field(static=True)
 
     def schedule(self, num_draws: int) -> Int[np.ndarray, "steps 2"]:
@@ -72,6 +75,8 @@ class Warmup(eqx.Module):
         return jax.lax.switch(end, (lambda state: state, self._end_window, self._end_warmup), new)
 
     def _fast(self, state: WarmupState, positions: Array, acceptance: Array) -> WarmupState:
+        if self.target_accept is None:
+            return state
         averaging = jax.vmap(self._averaging()[1])(state.averaging, acceptance)
         new = state._replace(averaging=averaging, step_size=jnp.exp(averaging.log_step_size))
         return _like(state, new)
@@ -88,17 +93,23 @@ class Warmup(eqx.Module):
     def _end_window(self, state: WarmupState) -> WarmupState:
         restart, _, average = self._averaging()
         covariance = self._covariance()[2](state.covariance)
+        if self.target_accept is None:
+            matrix = covariance.inverse_mass_matrix
+            new = state._replace(covariance=covariance, inverse_mass_matrix=matrix)
+            return _like(state, new)
         averaging = jax.vmap(lambda one: restart(average(one)))(state.averaging)
         step_size = jnp.exp(averaging.log_step_size)
         new = WarmupState(averaging, covariance, step_size, covariance.inverse_mass_matrix)
         return _like(state, new)
 
     def _end_warmup(self, state: WarmupState) -> WarmupState:
+        if self.target_accept is None:
+            return state
         step_size = jax.vmap(self._averaging()[2])(state.averaging)
         return _like(state, state._replace(step_size=step_size))
 
     def _averaging(self) -> Any:
-        return dual_averaging_adaptation(self.target_accept)
+        return dual_averaging_adaptation(self.target_accept or 0.5)
 
     def _covariance(self) -> Any:
         return mass_matrix_adaptation(is_diagonal_matrix=not self.dense_mass)

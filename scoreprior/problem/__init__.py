@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
@@ -21,8 +22,10 @@ from numpyro.infer.reparam import TransformReparam
 from numpyro.infer.util import constrain_fn, potential_energy
 from numpyro.primitives import Messenger
 
-from scoreprior._typing import Key, Scalar
+from scoreprior._typing import Key, Scalar, Sigma
+from scoreprior._util import check_positive
 from scoreprior.problem.linearise import Observation, observe
+from scoreprior.problem.score import ByScore
 from scoreprior.problem.sites import Site, Sites, find_sites, peel
 
 Position = Mapping[str, Array]
@@ -44,6 +47,7 @@ class Problem:
     kwargs: dict[str, Any]
     sites: Sites
     is_centred: bool = False
+    family: "Problem | None" = None
 
     @classmethod
     def from_model(cls, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Problem":
@@ -57,12 +61,31 @@ class Problem:
             raise TypeError(f"model must be a NumPyro model, a callable, got {model!r}")
         return cls(model, args, kwargs, find_sites(model, args, kwargs))
 
-    def centred(self) -> "Problem":
+    def with_data(self, /, *args: Any, **kwargs: Any) -> "Problem":
+        """The problem of `model(*args, **kwargs)`, for compiled programs that many data sets share.
+
+        Programs compiled for one problem made here run all the others made from the same problem
+        whose arguments have the same shapes: arrays are inputs of the programs, while any other
+        argument, a number too, is compiled in. What the model reads beside its arguments must stay
+        as it is. Raises `ValueError` as `from_model` does, and for a model that cannot be traced
+        without the values of its arrays, such as one that picks entries by a boolean mask.
+        """
+        sites = find_sites(self.model, args, kwargs)
+        family = self.family or self
+        problem = replace(self, args=args, kwargs=kwargs, sites=sites, family=family)
+        problem._check_inputs()
+        return problem
+
+    def centred(self, *, with_value: bool = True) -> "Problem":
         """The same problem in the centred form.
 
-        Raises what the density policy of a prior raises where it has no density (`ScoreOnly`).
+        Raises what the density policy of a prior raises where it has no density (`ScoreOnly`), but
+        with `with_value=False` asks for none: such a problem still has its `score` and its
+        `log_likelihood`.
         """
         centred = replace(self, is_centred=True)
+        if not with_value:
+            return centred
         jax.eval_shape(lambda: centred.log_prior(centred.initial(jax.random.key(0))))
         return centred
 
@@ -84,6 +107,31 @@ class Problem:
         """Log density of the observed sites and `numpyro.factor`s given the latent sites."""
         model = _Silence(self._model(), lambda message: not self._is_likelihood(message))
         return -potential_energy(model, self.args, self.kwargs, self._named(position))
+
+    def score(self, position: Position, sigma: Sigma | None = None) -> dict[str, Array]:
+        """Gradient of the joint log density, without its value: one array per latent site.
+
+        In the centred form the prior sites enter by the score of their denoiser at noise level
+        `sigma`, in data units, whatever their density policy: no flow is solved, and a prior that
+        is `ScoreOnly` has one too. `None` takes the level of the policy's `ScoreGradient`, or of a
+        default one. For an exact denoiser it is the gradient of `log_density` at `sigma =
+        sigma_min`. Not defined (NaN) with respect to what the parameters of a flow depend on.
+
+        In the non-centred form there is nothing to replace, and `sigma` must be `None`.
+        """
+        if sigma is not None:
+            check_positive("sigma", sigma)
+            if not self.is_centred:
+                raise ValueError(
+                    f"sigma must be None in the non-centred form, whose prior is exactly standard "
+                    f"normal, got {sigma}: take problem.centred(with_value=False)"
+                )
+        model = ByScore(self._model(), sigma) if self.is_centred else self._model()
+
+        def log_density(position: Position) -> Scalar:
+            return -potential_energy(model, self.args, self.kwargs, self._named(position))
+
+        return jax.grad(log_density)(dict(position))
 
     def initial(self, key: Key) -> dict[str, Array]:
         """The position of a draw from the prior."""
@@ -136,6 +184,22 @@ class Problem:
         found = ", ".join(f"{kind}={list(sites)}" for kind, sites in kinds if sites)
         return f"Problem({name}, {found}, {'centred' if self.is_centred else 'non-centred'})"
 
+    def _check_inputs(self) -> None:
+        def everything(problem: Problem) -> Any:
+            position = problem.initial(jax.random.key(0))
+            values = problem.constrain(position)
+            return problem.log_density(position), problem.predict(jax.random.key(0), values)
+
+        try:
+            hash(tuple(leaf for leaf in jax.tree.leaves(self) if not eqx.is_array(leaf)))
+            eqx.filter_eval_shape(everything, self)
+        except (TypeError, IndexError) as error:
+            raise ValueError(
+                "the arguments of the model cannot be inputs of a compiled program: arrays must do "
+                "without their values being known, and all else must be hashable; use "
+                f"Problem.from_model for every data set ({error})"
+            ) from error
+
     def _with_params(self) -> Callable[..., Any]:
         # Parameters keep the values found first; a key drawn inside the model is always the same.
         model = seed(self.model, jax.random.key(0), hide_types=["sample", "plate", "control_flow"])
@@ -175,6 +239,32 @@ class Problem:
         for transform in reversed(peel(site["fn"])[0].transforms):
             value = transform.inv(value)
         return value
+
+
+def _flatten(problem: Problem) -> tuple[tuple[Any, ...], Any]:
+    """Of a problem made by `with_data`, its arguments; all else is equal within its family.
+
+    Any other problem is one piece, known by its identity.
+    """
+    if problem.family is None:
+        return (), problem
+    sites = problem.sites
+    kinds = tuple(tuple(kind.values()) for kind in sites[:4])
+    inputs = (problem.args, problem.kwargs, sites.data, sites.params)
+    return inputs, (problem.family, problem.is_centred, kinds)
+
+
+def _unflatten(static: Any, inputs: tuple[Any, ...]) -> Problem:
+    if isinstance(static, Problem):
+        return static
+    family, is_centred, kinds = static
+    args, kwargs, data, params = inputs
+    priors, latents, observed, computed = ({site.name: site for site in kind} for kind in kinds)
+    sites = Sites(priors, latents, observed, computed, data, params)
+    return Problem(family.model, args, kwargs, sites, is_centred, family)
+
+
+jax.tree_util.register_pytree_node(Problem, _flatten, _unflatten)
 
 
 class _FromNoise(TransformReparam):

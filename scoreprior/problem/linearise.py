@@ -30,7 +30,7 @@ class Observation(eqx.Module):
     depends on `x`, it is taken at `x_0`.
     """
 
-    problem: Any = eqx.field(static=True)
+    problem: Any
     site: str = eqx.field(static=True)
     prior: str = eqx.field(static=True)
     values: dict[str, Array]

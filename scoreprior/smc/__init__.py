@@ -1,7 +1,17 @@
 """Sequential Monte Carlo engines on a `Problem`, with kernels by blackjax."""
 
 from scoreprior.smc.moves import AbstractMoves, HMCMoves, RandomWalkMoves
+from scoreprior.smc.nested import NestedSampling
+from scoreprior.smc.persistent import PersistentSMC
 from scoreprior.smc.resample import systematic
 from scoreprior.smc.tempered import TemperedSMC
 
-__all__ = ["AbstractMoves", "HMCMoves", "RandomWalkMoves", "TemperedSMC", "systematic"]
+__all__ = [
+    "AbstractMoves",
+    "HMCMoves",
+    "NestedSampling",
+    "PersistentSMC",
+    "RandomWalkMoves",
+    "TemperedSMC",
+    "systematic",
+]

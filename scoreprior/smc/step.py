@@ -40,23 +40,28 @@ class Moved(NamedTuple):
     step_size: Scalar
     acceptance: Scalar
     autocorrelation: Scalar
+    trail: dict[str, Array] | None = None  # states on the way, [1 + moves, particle, *site]
 
 
 class Rule(NamedTuple):
-    """Settings of a temperature step, as in `TemperedSMC`."""
+    """Settings of a temperature step, as in `TemperedSMC`.
+
+    Without waste, `max_moves` is the number of moves, and no autocorrelation ends them.
+    """
 
     kernel: AbstractMoves
     target_ess: float
     max_autocorrelation: float
     max_moves: int
     batch_size: int | None
+    num_ancestors: int | None = None
 
 
 def start(problem: Problem, rule: Rule, num_particles: int, key: Key) -> Cloud:
     """Prior draws: the cloud at temperature zero."""
     keys = jax.random.split(key, num_particles)
-    position = _over(problem.initial, rule.batch_size)(keys)
-    log_likelihood = _over(problem.log_likelihood, rule.batch_size)(position)
+    position = over(problem.initial, rule.batch_size)(keys)
+    log_likelihood = over(problem.log_likelihood, rule.batch_size)(position)
     size = sum(leaf[0].size for leaf in jax.tree.leaves(position))
     zero = jnp.zeros((), log_likelihood.dtype)
     ancestor = jnp.arange(num_particles, dtype=jnp.int32)
@@ -76,16 +81,18 @@ def temper(problem: Problem, rule: Rule, cloud: Cloud, key: Key) -> tuple[Cloud,
     log_weights = weigh(cloud.log_likelihood, temperature - cloud.temperature)
     increment = logsumexp(log_weights) - jnp.log(num_particles)
     weights = jax.nn.softmax(log_weights)
-    parents = systematic(key_resample, weights, num_particles)
+    parents = systematic(key_resample, weights, rule.num_ancestors or num_particles)
     position = jax.tree.map(lambda leaf: leaf[parents], cloud.position)
     ancestor = cloud.ancestor[parents]
 
-    def logdensity_fn(position: Any) -> Scalar:
-        return problem.log_prior(position) + temperature * problem.log_likelihood(position)
-
-    moved = _move(rule, logdensity_fn, position, cloud.step_size, idle, key_moves)
-    position = moved.particles.position
-    log_likelihood = _over(problem.log_likelihood, rule.batch_size)(position)
+    logdensity_fn = tempered(problem, temperature)
+    moved = move(rule, logdensity_fn, position, cloud.step_size, idle, key_moves)
+    if moved.trail is None:
+        position = moved.particles.position
+    else:
+        position = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), moved.trail)
+        ancestor = jnp.tile(ancestor, rule.max_moves + 1)
+    log_likelihood = over(problem.log_likelihood, rule.batch_size)(position)
     log_evidence = cloud.log_evidence + increment
     new = Cloud(position, log_likelihood, ancestor, temperature, log_evidence, moved.step_size)
     new = jax.tree.map(lambda old, new: jnp.where(idle, old, new), cloud, new)
@@ -93,8 +100,8 @@ def temper(problem: Problem, rule: Rule, cloud: Cloud, key: Key) -> tuple[Cloud,
         "temperature": new.temperature,
         "log_evidence_increment": jnp.where(idle, 0, increment),
         "ess": ess(log_weights),
-        "unique_parents": _count_distinct(parents, num_particles),
-        "unique_ancestors": _count_distinct(new.ancestor, num_particles),
+        "unique_parents": count_distinct(parents, num_particles),
+        "unique_ancestors": count_distinct(new.ancestor, num_particles),
         "num_moves": moved.num_moves,
         "acceptance_rate": moved.acceptance,
         "step_size": new.step_size,
@@ -122,13 +129,25 @@ def next_temperature(cloud: Cloud, target_ess: float) -> Scalar:
     return jnp.where(step >= rest, 1, cloud.temperature + step)
 
 
-def weigh(log_likelihood: Float[Array, " n"], step: Scalar) -> Float[Array, " n"]:
+def weigh(log_likelihood: Float[Array, "*n"], step: Scalar) -> Float[Array, "*n"]:
     """`step * log_likelihood`, minus infinity where that is the log likelihood, even at step 0."""
     possible = jnp.isfinite(log_likelihood)
     return jnp.where(possible, step * jnp.where(possible, log_likelihood, 0), -jnp.inf)
 
 
-def _move(
+def tempered(problem: Problem, temperature: Scalar) -> Callable[[Any], Scalar]:
+    """The log density of `prior * likelihood^temperature`."""
+
+    def logdensity_fn(position: Any) -> Scalar:
+        log_likelihood = problem.log_likelihood(position)
+        # Zero stays zero at temperature zero, too.
+        power = jnp.where(log_likelihood == -jnp.inf, -jnp.inf, temperature * log_likelihood)
+        return problem.log_prior(position) + power
+
+    return logdensity_fn
+
+
+def move(
     rule: Rule,
     logdensity_fn: Callable[[Any], Scalar],
     position: dict[str, Array],
@@ -138,7 +157,8 @@ def _move(
 ) -> Moved:
     """Move all particles until they have forgotten where they started, or `max_moves` times.
 
-    The step size follows `log step_size += acceptance - target_accept` after every move.
+    With `num_ancestors`, all states on the way are kept in `trail`. The step size follows
+    `log step_size += acceptance - target_accept` after every move.
     """
     kernel, num_particles = rule.kernel, len(jax.tree.leaves(position)[0])
     started = flatten(position)
@@ -150,7 +170,7 @@ def _move(
             key, particle = inputs
             return kernel.step(key, particle, logdensity_fn, state.step_size, scales)
 
-        particles, accepted = _over(one, rule.batch_size)((keys, state.particles))
+        particles, accepted = over(one, rule.batch_size)((keys, state.particles))
         acceptance = jnp.mean(accepted)
         count = state.num_moves + 1
         moved = jnp.mean((flatten(particles.position) - started) ** 2, 0)
@@ -162,6 +182,7 @@ def _move(
             state.step_size * jnp.exp(acceptance - kernel.target_accept),
             acceptance,
             _autocorrelation(distance, count, state.autocorrelation),
+            _extend(state.trail, particles.position, count),
         )
 
     def unfinished(state: Moved) -> Array:
@@ -169,12 +190,23 @@ def _move(
         return (state.num_moves < rule.max_moves) & ~mixed & ~idle
 
     size = started.shape[1]
-    particles = _over(lambda p: kernel.init(p, logdensity_fn), rule.batch_size)(position)
+    particles = over(lambda p: kernel.init(p, logdensity_fn), rule.batch_size)(position)
     scales = kernel.scales(particles)
     nothing = jnp.zeros((rule.max_moves + 1, size), started.dtype)
     one, nan = jnp.ones_like(step_size), jnp.full_like(step_size, jnp.nan)
-    first = Moved(jnp.zeros((), jnp.int32), particles, nothing, step_size, nan, one)
+    trail = None
+    if rule.num_ancestors is not None:
+        trail = jax.tree.map(lambda leaf: jnp.stack([leaf] * (rule.max_moves + 1)), position)
+    first = Moved(jnp.zeros((), jnp.int32), particles, nothing, step_size, nan, one, trail)
     return jax.lax.while_loop(unfinished, body, first)
+
+
+def _extend(
+    trail: dict[str, Array] | None, position: dict[str, Array], count: Int[Array, ""]
+) -> dict[str, Array] | None:
+    if trail is None:
+        return None
+    return jax.tree.map(lambda rows, row: rows.at[count].set(row), trail, position)
 
 
 def _autocorrelation(
@@ -191,11 +223,12 @@ def _autocorrelation(
     return jnp.where((count % 2 == 0) & jnp.isfinite(new), new, last)
 
 
-def _count_distinct(indices: Int[Array, " n"], size: int) -> Int[Array, ""]:
+def count_distinct(indices: Int[Array, " n"], size: int) -> Int[Array, ""]:
+    """How many of `0 .. size - 1` there are among `indices`."""
     return jnp.sum(jnp.zeros(size, jnp.int32).at[indices].set(1))
 
 
-def _over(function: Callable[[Any], Any], batch_size: int | None) -> Callable[[Any], Any]:
+def over(function: Callable[[Any], Any], batch_size: int | None) -> Callable[[Any], Any]:
     """`function` over a leading axis, at once or `batch_size` entries at a time."""
     if batch_size is None:
         return jax.vmap(function)

@@ -2,8 +2,6 @@
 
 import math
 import os
-import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -12,16 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from scoreprior._run import Checkpoint, Chunk, Draws, Loop, fingerprint, key_words, run_chunks
+from scoreprior._run import Checkpoint, Draws, Loop, run_chunks
 from scoreprior._typing import Key
 from scoreprior._util import check_count
 from scoreprior.problem import Problem
 from scoreprior.smc.moves import AbstractMoves, HMCMoves, check_fraction
+from scoreprior.smc.report import (
+    check_start,
+    describe,
+    history,
+    identify,
+    is_finished,
+    pool_evidence,
+    warn_clouds,
+)
 from scoreprior.smc.resample import systematic
 from scoreprior.smc.step import Cloud, Rule, start, temper
-
-FEW_ANCESTORS = 5
-LOW_ACCEPTANCE = 0.5  # of the target
 
 
 class TemperedSMC(eqx.Module):
@@ -53,9 +57,16 @@ class TemperedSMC(eqx.Module):
     consistent in the number of particles rather than exactly unbiased (Beskos, Jasra, Kantas &
     Thiery 2016, "On the convergence of adaptive sequential Monte Carlo methods").
 
+    **Waste-free** (Dau & Chopin 2022, algorithm 2), with `num_ancestors = M` of `N` particles: only
+    `M` are resampled, each is moved `N / M - 1` times, and all states on the way are the next
+    cloud. A temperature costs about one move per particle, so at equal cost there can be more
+    particles; `max_autocorrelation` and `max_moves` have no part in it. Particles of one ancestor
+    depend on one another: the spread of the groups shows it, the effective sample size does not.
+
     **Arguments:** `num_particles` per group; `num_groups`. `kernel`: `HMCMoves(...)`,
     `RandomWalkMoves(...)`. `centred`: move `x` with the prior's density policy, rather than its
     noise. `target_ess`, `max_autocorrelation` in (0, 1). `max_temperatures` before giving up.
+    `num_ancestors`, a divisor of `num_particles`, for the waste-free scheme, or `None`.
     `batch_size`: particles of a group moved at once, all by default, to bound memory.
     """
 
@@ -67,6 +78,7 @@ class TemperedSMC(eqx.Module):
     max_autocorrelation: float = eqx.field(static=True, default=0.5, kw_only=True)
     max_moves: int = eqx.field(static=True, default=50, kw_only=True)
     max_temperatures: int = eqx.field(static=True, default=200, kw_only=True)
+    num_ancestors: int | None = eqx.field(static=True, default=None, kw_only=True)
     batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __check_init__(self):
@@ -76,6 +88,13 @@ class TemperedSMC(eqx.Module):
         check_count("max_temperatures", self.max_temperatures)
         check_fraction("target_ess", self.target_ess)
         check_fraction("max_autocorrelation", self.max_autocorrelation)
+        if self.num_ancestors is not None:
+            check_count("num_ancestors", self.num_ancestors, least=2)
+            if self.num_particles % self.num_ancestors or self.num_particles == self.num_ancestors:
+                raise ValueError(
+                    f"num_ancestors must be a proper divisor of num_particles = "
+                    f"{self.num_particles}, got {self.num_ancestors}"
+                )
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
         if not isinstance(self.kernel, AbstractMoves):
@@ -106,97 +125,53 @@ class TemperedSMC(eqx.Module):
         problem = problem.centred() if self.centred else problem
         key_start, key_steps, key_end = jax.random.split(key, 3)
         clouds = _start(self, problem, key_start)
-        _check_start(clouds)
+        check_start(clouds.log_likelihood, "num_particles")
         store = None
         if checkpoint is not None:
-            store = Checkpoint(checkpoint, self._settings(problem, key, clouds))
+            # More temperatures may be asked of a stopped run.
+            free = ("max_temperatures",)
+            settings = identify(self, problem, key, clouds.log_likelihood, free)
+            store = Checkpoint(checkpoint, settings)
 
         def advance(clouds: Cloud, step: int, count: int) -> Any:
             return _advance(self, problem, clouds, key_steps, jnp.asarray(step))
 
-        loop = Loop(self.max_temperatures, 0, 1, _describe, _is_finished)
+        loop = Loop(self.max_temperatures, 0, 1, describe, is_finished)
         chunks, clouds, interrupted = run_chunks(
             advance, clouds, loop, progress=progress, checkpoint=store
         )
         if not chunks:
             raise KeyboardInterrupt("interrupted at the prior, before the first temperature")
-        finished = bool(np.all(np.asarray(clouds.temperature) >= 1))
+        finished = is_finished(chunks[-1].outputs)
         positions, stats = jax.tree.map(np.asarray, _finish(problem, clouds, key_end, finished))
-        extra = _evidence(np.asarray(clouds.log_evidence, float), finished) | _history(chunks)
-        draws = Draws(problem, positions, stats, interrupted and not finished, extra)
-        self._warn(draws, finished)
+        extra = pool_evidence(np.asarray(clouds.log_evidence, float), finished)
+        cut = interrupted and not finished
+        draws = Draws(problem, positions, stats, cut, extra | history(chunks))
+        warn_clouds(self, draws, finished)
         return draws
 
     def _rule(self) -> Rule:
-        return Rule(
+        adaptive = Rule(
             self.kernel,
             self.target_ess,
             self.max_autocorrelation,
             self.max_moves,
             self.batch_size,
         )
+        if self.num_ancestors is None:
+            return adaptive
+        return adaptive._replace(
+            num_ancestors=self.num_ancestors,
+            max_moves=self.num_particles // self.num_ancestors - 1,
+            max_autocorrelation=-1.0,
+        )
 
-    def _settings(self, problem: Problem, key: Key, clouds: Cloud) -> dict[str, Any]:
-        """What identifies a run, `max_temperatures` apart: more may be asked of a stopped one."""
-        engine = {name: value for name, value in vars(self).items() if name != "max_temperatures"}
-        return {
-            "engine": type(self).__name__,
-            **engine,
-            "kernel": repr(self.kernel),
-            "key": key_words(key),
-            "data": fingerprint((problem.args, problem.kwargs, problem.sites.params)),
-            "log_likelihood_at_start": fingerprint(clouds.log_likelihood),
-        }
-
-    def _warn(self, draws: Draws, finished: bool) -> None:
-        record = {name: values for name, (_, values) in draws.extra.items()}
-        if not finished:
-            reached = record["temperature"][:, -1].min()
-            why = (
-                "interrupted"
-                if draws.interrupted
-                else f"max_temperatures = {self.max_temperatures} reached"
-            )
-            remedy = (
-                "run again with the same checkpoint to go on"
-                if draws.interrupted
-                else "raise max_temperatures, or check the units of the noise"
-            )
-            warnings.warn(
-                f"{why} at temperature {reached:.3g} of 1: the draws are from prior * "
-                f"likelihood^temperature and not from the posterior; {remedy}",
-                stacklevel=3,
-            )
-            return
-        self._warn_clouds(record)
-
-    def _warn_clouds(self, record: Mapping[str, np.ndarray]) -> None:
-        ancestors = record["unique_ancestors"][:, -1]
-        if (fewest := int(ancestors.min())) < FEW_ANCESTORS:
-            warnings.warn(
-                f"collapsed cloud: the {self.num_particles} particles of a group descend from only "
-                f"{fewest} prior draws, so the masses of separate modes are unreliable; raise "
-                f"num_particles, or target_ess above {self.target_ess}",
-                stacklevel=4,
-            )
-        # The mean over groups, still moving, at the worst temperature.
-        worst = float(np.nanmean(record["acceptance_rate"], 0).min())
-        if worst < LOW_ACCEPTANCE * self.kernel.target_accept:
-            warnings.warn(
-                f"the acceptance rate fell to {worst:.2g} (target {self.kernel.target_accept}), so "
-                "particles may not have moved: raise max_moves above "
-                f"{self.max_moves}, or use the non-centred form (centred=False)",
-                stacklevel=4,
-            )
-        groups = record["group_log_evidence"]
-        shares = np.exp(groups - groups.max())
-        if shares.sum() ** 2 / (shares**2).sum() < max(len(groups) / 2, 1):
-            warnings.warn(
-                f"groups disagree on the log evidence, from {groups.min():.3g} to "
-                f"{groups.max():.3g}, and the draws are mostly from the best: raise num_particles "
-                f"above {self.num_particles}, or target_ess above {self.target_ess}",
-                stacklevel=4,
-            )
+    @property
+    def more_moves(self) -> str:
+        """The remedy for particles that do not move."""
+        if self.num_ancestors is not None:
+            return f"lower num_ancestors below {self.num_ancestors}"
+        return f"raise max_moves above {self.max_moves}"
 
 
 @eqx.filter_jit
@@ -237,56 +212,3 @@ def _finish(
         return leaf.reshape(-1, *leaf.shape[2:])[chosen].reshape(leaf.shape)
 
     return jax.tree.map(take, (clouds.position, stats))
-
-
-def _check_start(clouds: Cloud) -> None:
-    log_likelihood = np.asarray(clouds.log_likelihood)
-    bad = np.isnan(log_likelihood) | (log_likelihood == np.inf)
-    if bad.any():
-        raise ValueError(
-            f"the log likelihood is NaN or plus infinity at {bad.sum()} of {bad.size} prior draws: "
-            "check the data for NaN, and the model at extreme draws from its prior"
-        )
-    dead = (log_likelihood == -np.inf).all(1)
-    if dead.any():
-        raise ValueError(
-            f"the log likelihood is minus infinity at all {log_likelihood.shape[1]} prior draws of "
-            f"{dead.sum()} of {len(dead)} groups: check that the data are possible under the "
-            "prior, or raise num_particles"
-        )
-
-
-def _evidence(groups: np.ndarray, finished: bool) -> dict[str, Any]:
-    """Evidence of the groups and of all; NaN before the posterior is reached."""
-    if not finished:
-        groups = np.full_like(groups, np.nan)
-    shares = np.exp(groups - groups.max())
-    mean, count = shares.mean(), len(groups)
-    spread = ((shares / mean - 1) ** 2).sum()
-    se = math.sqrt(spread / (count * (count - 1))) if count > 1 else math.nan
-    return {
-        "log_evidence": ((), np.asarray(groups.max() + np.log(mean))),
-        "log_evidence_se": ((), np.asarray(se)),
-        "group_log_evidence": (("group",), groups),
-    }
-
-
-def _history(chunks: list[Chunk]) -> dict[str, Any]:
-    """The record of every temperature, [group, step]."""
-    records = [chunk.outputs["record"] for chunk in chunks]
-    return {
-        name: (("group", "step"), np.concatenate([record[name] for record in records]).T)
-        for name in records[0]
-    }
-
-
-def _is_finished(outputs: dict[str, dict[str, np.ndarray]]) -> bool:
-    return bool(np.all(outputs["record"]["temperature"][-1] >= 1))
-
-
-def _describe(outputs: dict[str, dict[str, np.ndarray]]) -> str:
-    record = {name: values[-1] for name, values in outputs["record"].items()}
-    return (
-        f"temperature {record['temperature'].min():.3g}, ESS {record['ess'].min():.0f}, "
-        f"{record['num_moves'].max()} moves"
-    )

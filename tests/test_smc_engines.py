@@ -1,0 +1,58 @@
+"""Waste-free, persistent and nested engines find the right posterior and evidence."""
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+import oracles
+from oracles import A_M, COV_M, GAUSSIAN, MIXTURE, Y_M
+from scoreprior.smc import NestedSampling, PersistentSMC, TemperedSMC
+from two_priors import PRIOR_M, build, check_evidence, check_law, run
+
+pytestmark = [pytest.mark.promotes_ranks, pytest.mark.slow]
+
+ENGINES = {
+    "waste-free": TemperedSMC(400, 40, num_ancestors=40),
+    "persistent": PersistentSMC(150, 40, 400),
+    "nested": NestedSampling(100, 40, 400),
+}
+
+
+def mixture(y):
+    m = numpyro.sample("m", PRIOR_M)
+    numpyro.sample("y", dist.MultivariateNormal(A_M @ m, COV_M), obs=y)
+
+
+def evidence_of_mixture(scale=1.0):
+    law = oracles.at_level(MIXTURE, 0.1)
+    return float(law.log_evidence(A_M, Y_M, scale**2 * COV_M))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_posterior_and_evidence_of_a_mixture_prior(name):
+    draws, flat = run(mixture, ENGINES[name], Y_M)
+    check_law(draws, flat["m"], oracles.posterior(PRIOR_M, A_M, Y_M, COV_M), bias=0.2)
+    check_evidence(draws, evidence_of_mixture(), bias=0.2)
+    with pytest.raises(AssertionError, match="outside 5 standard errors"):
+        check_law(draws, flat["m"], oracles.posterior(PRIOR_M, A_M, Y_M, 0.8 * COV_M), bias=0.2)
+    with pytest.raises(AssertionError, match="log evidence"):
+        check_evidence(draws, evidence_of_mixture(scale=1.3))
+
+
+@pytest.mark.parametrize("name", ["persistent", "nested"])
+def test_likelihoods_of_zero(name):
+    """A likelihood `exp(-g_1)` where `g_0 > 1`, and zero elsewhere: a plateau of the prior."""
+    prior = build(GAUSSIAN, 1)
+
+    def model():
+        g = numpyro.sample("g", prior)
+        numpyro.factor("left", jnp.where(g[0] > 1.0, -g[1], -jnp.inf))
+
+    draws, flat = run(model, ENGINES[name])
+    assert (flat["g"][:, 0] > 1.0).all()
+    # The factor shifts the mean of a Gaussian N(m, C) by minus the column of C.
+    mean, cov = oracles.moments(oracles.at_level(GAUSSIAN, 0.1))
+    tail = jax.scipy.stats.norm.logcdf((mean[0] - cov[0, 1] - 1.0) / cov[0, 0] ** 0.5)
+    check_evidence(draws, float(cov[1, 1] / 2 - mean[1] + tail), bias=0.2)
