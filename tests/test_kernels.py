@@ -210,7 +210,7 @@ def test_slices_are_as_wide_as_the_posterior():
     moved, cost = run(jax.random.split(KEY, 12_000), sd**2)
     assert_cov(moved, jnp.eye(2), bias=0.1)
     _, unscaled = run(jax.random.split(KEY, 1000), jnp.ones(2))
-    assert cost.mean() < 0.8 * unscaled.mean()
+    assert cost.mean() < unscaled.mean() - 5 * unscaled.std() / jnp.sqrt(len(unscaled))
 
 
 def test_the_energy_is_that_of_the_draw():
