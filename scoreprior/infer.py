@@ -10,7 +10,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +49,9 @@ def infer(
 ) -> DataTree:
     """Infer the latent sites of the NumPyro model `model(*args, **kwargs)` with `engine`.
 
-    For many data sets of the same shapes, pass a `Problem` as the model: that is
-    `problem.with_data(*args, **kwargs)`, and programs are compiled once.
+    A `Problem` may stand in place of the model. Without further arguments it is taken as it is;
+    with them, it is `problem.with_data(*args, **kwargs)`, so that many data sets of the same shapes
+    share compiled programs.
 
     **Arguments:** `engine`, such as `NUTS(...)`. `progress`: show a bar. `checkpoint`: a directory
     from which the same call resumes a stopped run. `num_prior`: number of prior draws to add, with
@@ -71,8 +71,7 @@ def infer(
     import arviz as az
 
     _check_arguments(model, engine, args, key, num_prior)
-    build = model.with_data if isinstance(model, Problem) else partial(Problem.from_model, model)
-    problem = build(*args, **kwargs)
+    problem = _problem(model, args, kwargs)
     names = name_axes(problem.sites, dims or {})
     _check_coords(problem.sites, names, coords or {})
     key_run, key_prior, key_predictive = jax.random.split(key, 3)
@@ -101,6 +100,12 @@ def infer(
     tree["sample_stats"].dataset = tree["sample_stats"].to_dataset().assign(draws.extra)
     _warn_r_hat(tree)
     return tree
+
+
+def _problem(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
+    if not isinstance(model, Problem):
+        return Problem.from_model(model, *args, **kwargs)
+    return model.with_data(*args, **kwargs) if args or kwargs else model
 
 
 def name_axes(sites: Sites, dims: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -107,6 +107,14 @@ def test_infer_takes_a_problem_and_runs_its_programs_on_new_data():
     assert not np.allclose(tree.posterior["x"], run(FIRST, Y[2]).posterior["x"])
 
 
+def test_infer_keeps_the_data_of_a_problem_that_is_given_no_others():
+    options = {"key": jax.random.key(0), "progress": False}
+    tree = infer(FIRST, Gradients(), **options)
+    expected = infer(model, Gradients(), *FIRST.args, **FIRST.kwargs, **options)
+    np.testing.assert_array_equal(tree.observed_data["y"], FIRST.sites.data["y"])
+    np.testing.assert_allclose(tree.posterior["x"], expected.posterior["x"], rtol=1e-8)
+
+
 def test_a_batch_of_problems():
     problems = [FIRST.with_data(y, scale=jnp.array(1.0)) for y in Y]
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)

@@ -31,12 +31,22 @@ class ChainState(NamedTuple):
 class AbstractAdaptiveChains(AbstractChains):
     """Chains under `Warmup`: a step size for each, one mass matrix for all.
 
-    A `target_accept` of `None` leaves the step size as it is.
+    **Arguments:** `num_warmup`, `num_samples`: steps per chain; `num_chains`. `centred`: sample `x`
+    with the prior's density policy, rather than its noise. `dense_mass`: learn a full covariance.
+    `step_size`: the first one; without a warm-up the only one, beside unit scales. `chunk_size`:
+    steps between two updates of the progress bar and of the checkpoint; it does not change the
+    draws. `init`: where chains start, at prior draws by default. A subclass states its
+    `target_accept`; where that is `None`, the step size is left as it is.
     """
 
     target_accept: eqx.AbstractVar[Any]  # a float, or None
-    dense_mass: eqx.AbstractVar[bool]
-    step_size: eqx.AbstractVar[float]
+    num_warmup: int = eqx.field(static=True, default=500)
+    num_samples: int = eqx.field(static=True, default=500)
+    num_chains: int = eqx.field(static=True, default=4)
+    centred: bool = eqx.field(static=True, default=False, kw_only=True)
+    dense_mass: bool = eqx.field(static=True, default=False, kw_only=True)
+    step_size: float = eqx.field(static=True, default=1.0, kw_only=True)
+    chunk_size: int = eqx.field(static=True, default=100, kw_only=True)
 
     def __check_init__(self):
         check_positive("step_size", self.step_size)

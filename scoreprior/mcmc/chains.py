@@ -69,10 +69,9 @@ class AbstractChains(eqx.Module):
         """`problem` in the form in which the chains move."""
         return problem.centred() if self.centred else problem
 
-    def begin(self, problem: Problem, key: Key) -> Any:
-        """The states of the chains [chain, ...] at their starting points."""
-        start = replace(self, init=PriorDraws()).start
-        return start_chains(problem, start, key, self.num_chains, self.init)
+    def begin(self, problem: Problem, key: Key, init: AbstractInit) -> Any:
+        """The states of the chains [chain, ...] where `init` says."""
+        return start_chains(problem, self.start, key, self.num_chains, init)
 
     @abstractmethod
     def start(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> Any:
@@ -116,7 +115,7 @@ class AbstractChains(eqx.Module):
         problem = self.form(problem)
         key_start, key_steps = jax.random.split(key)
         engine = replace(self, init=PriorDraws())  # compiled code knows no starting points
-        chains = self.begin(problem, key_start)
+        chains = engine.begin(problem, key_start, self.init)
         store = None
         if checkpoint is not None:
             store = Checkpoint(checkpoint, self._settings(problem, key, chains))

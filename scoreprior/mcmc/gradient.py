@@ -1,7 +1,7 @@
 """Kernels that take gradients, beside NUTS: a fixed number of them per draw.
 
 Every chain does the same work per draw, so chains in lock step never wait for one another.
-Settings that are not named are those of `AbstractKernelChains`.
+Settings that are not named are those of `AbstractAdaptiveChains`.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool
 
 from scoreprior._typing import Key, Scalar
 from scoreprior._util import check_count
-from scoreprior.mcmc.settings import AbstractKernelChains
+from scoreprior.mcmc.adaptive import AbstractAdaptiveChains
 
 
-class HMC(AbstractKernelChains):
+class HMC(AbstractAdaptiveChains):
     """Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011, algorithm of figure 2), by blackjax.
 
     Trajectories all have the same length. One of about half the period of the posterior, which is
@@ -54,7 +54,7 @@ class HMC(AbstractKernelChains):
         return new, info.acceptance_rate, _hamiltonian(chain, info, inverse_mass_matrix)
 
 
-class DynamicHMC(AbstractKernelChains):
+class DynamicHMC(AbstractAdaptiveChains):
     """Hamiltonian Monte Carlo with trajectories of changing length, by blackjax.
 
     The number of leapfrog steps runs through a Halton sequence, near uniform on
@@ -90,7 +90,7 @@ class DynamicHMC(AbstractKernelChains):
         return new, info.acceptance_rate, _hamiltonian(chain, info, inverse_mass_matrix)
 
 
-class MALA(AbstractKernelChains):
+class MALA(AbstractAdaptiveChains):
     """The Metropolis-adjusted Langevin algorithm (Roberts & Tweedie 1996), preconditioned.
 
     It is Hamiltonian Monte Carlo with one leapfrog step (Neal 2011, section 5.2), and that is the
@@ -119,7 +119,7 @@ class MALA(AbstractKernelChains):
         return new, info.acceptance_rate, _hamiltonian(chain, info, inverse_mass_matrix)
 
 
-class Barker(AbstractKernelChains):
+class Barker(AbstractAdaptiveChains):
     """Barker's proposal (Livingstone & Zanella 2022, algorithm 1 and appendix G), by blackjax.
 
     It uses the gradient only to choose the sign of every component of a step, so a steep gradient

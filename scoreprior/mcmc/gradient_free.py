@@ -20,10 +20,10 @@ from jaxtyping import Array
 from scoreprior._run import Draws
 from scoreprior._typing import Key, Scalar
 from scoreprior._util import check_count
-from scoreprior.mcmc.settings import AbstractKernelChains
+from scoreprior.mcmc.adaptive import AbstractAdaptiveChains
 
 
-class RandomWalk(AbstractKernelChains):
+class RandomWalk(AbstractAdaptiveChains):
     """Random-walk Metropolis (Metropolis et al. 1953), by blackjax.
 
     Steps are `N(0, step_size^2 C)`, with the covariance `C` or variances of the posterior that the
@@ -52,7 +52,7 @@ class RandomWalk(AbstractKernelChains):
         return chain, info.acceptance_rate, {}
 
 
-class Slice(AbstractKernelChains):
+class Slice(AbstractAdaptiveChains):
     """Slice sampling along a random line (Neal 2003, sections 4 and 5.1), by blackjax.
 
     The direction of the line is uniform in coordinates scaled by the standard deviations, or the

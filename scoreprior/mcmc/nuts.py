@@ -29,14 +29,8 @@ class NUTS(AbstractAdaptiveChains):
     it does not change the draws. `init`: where chains start, at prior draws by default.
     """
 
-    num_warmup: int = eqx.field(static=True, default=500)
-    num_samples: int = eqx.field(static=True, default=500)
-    num_chains: int = eqx.field(static=True, default=4)
-    centred: bool = eqx.field(static=True, default=False, kw_only=True)
     target_accept: float = eqx.field(static=True, default=0.8, kw_only=True)
     max_tree_depth: int = eqx.field(static=True, default=10, kw_only=True)
-    dense_mass: bool = eqx.field(static=True, default=False, kw_only=True)
-    step_size: float = eqx.field(static=True, default=1.0, kw_only=True)
     chunk_size: int = eqx.field(static=True, default=25, kw_only=True)
 
     def __check_init__(self):

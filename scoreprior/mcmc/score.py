@@ -51,8 +51,8 @@ class AbstractScoreChains(AbstractChains):
     def form(self, problem: Problem) -> Problem:
         return problem.centred(with_value=False) if self.centred else problem
 
-    def begin(self, problem: Problem, key: Key) -> ScoreChain:
-        return ScoreChain(start_by_score(problem, self.sigma, key, self.num_chains, self.init))
+    def begin(self, problem: Problem, key: Key, init: AbstractInit) -> ScoreChain:
+        return ScoreChain(start_by_score(problem, self.sigma, key, self.num_chains, init))
 
     def start(self, position: dict[str, Array], logdensity_fn: Callable[..., Any]) -> ScoreChain:
         return ScoreChain(position)
