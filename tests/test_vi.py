@@ -298,6 +298,10 @@ def test_an_unknown_noise_level_by_resampled_draws():
 
     exact = oracles.UnknownScale(PRIOR, y, location, width)
     draws = run(VI(FullRank(), 1500, 20_000, resample=True), Problem.from_model(model, y))
+    # The steps of the fit see the bound that draws of the guide confirm, Jacobians included.
+    steps = draws.extra["bound"][1][-300:]
+    assert abs(steps.mean() - number(draws, "elbo")) <= 5 * steps.std() / np.sqrt(len(steps))
+    require_power(steps.std() / np.sqrt(len(steps)), np.log(2), bias=1.0)
     ess = 8000
     mean, variance = exact.scale_moments()
     scale = values(draws, "scale")[:, None]
