@@ -8,6 +8,7 @@ precision, by formulas of its own.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -115,9 +116,15 @@ def _by_slice(a: np.ndarray, b: np.ndarray, num_slices: int, power: int) -> np.n
 
 
 def problems(
-    means: np.ndarray, weights: np.ndarray, variance: float = 1.0
+    means: np.ndarray,
+    weights: np.ndarray,
+    variance: float = 1.0,
+    watch: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Callable[[Case], Problem]:
-    """A function from a `Case` with this mixture to its `Problem`; programs are compiled once."""
+    """A function from a `Case` with this mixture to its `Problem`; programs are compiled once.
+
+    `watch` is an identity through which the model passes `x`.
+    """
     sigma_min = 0.1 * np.sqrt(variance)
     clean = GaussianMixture.diagonal(
         jnp.asarray(weights, jnp.float32),
@@ -130,7 +137,7 @@ def problems(
     prior = ScorePrior(Flow(clean, clean.moments(), sigma_min=float(sigma_min), solver=solver))
 
     def model(A, y, sigma_y):
-        x = numpyro.sample("x", prior)
+        x = watch(numpyro.sample("x", prior))
         numpyro.sample("y", dist.Normal(A @ x, sigma_y).to_event(1), obs=y)
 
     first: dict[int, Problem] = {}
