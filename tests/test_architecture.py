@@ -17,7 +17,7 @@ MAX_LINES = 399
 # A module imports strictly lower rungs, and its own package.
 LADDER = (
     {"_typing", "_util", "gaussian", "operators"},
-    {"denoise", "nn", "solver"},
+    {"denoise", "nn", "observation", "solver"},
     {"density", "flow", "sample", "train"},
     {"io", "prior"},
     {"_run", "guide", "problem"},

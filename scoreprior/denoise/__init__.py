@@ -15,7 +15,7 @@ from scoreprior.denoise.adapt import (
     VelocityPrediction,
     VPrediction,
 )
-from scoreprior.denoise.base import AbstractDenoiser, Conditioned, Rescaled
+from scoreprior.denoise.base import AbstractDenoiser, Conditioned, Noised, Rescaled
 from scoreprior.denoise.calibrate import Calibrated
 from scoreprior.denoise.exact import AbstractExact, Empirical, Gaussian, GaussianMixture, Smoothed
 from scoreprior.denoise.network import Network
@@ -38,6 +38,7 @@ __all__ = [
     "GaussianMixture",
     "Network",
     "NoisePrediction",
+    "Noised",
     "Rescaled",
     "ScorePrediction",
     "Smoothed",

@@ -92,3 +92,29 @@ class Rescaled(AbstractDenoiser):
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         inner = self.denoiser((x - self.loc) / self.scale, sigma / self.scale, context)
         return self.loc + self.scale * inner
+
+
+class Noised(AbstractDenoiser):
+    """The denoiser of `X + level N`, for `X` denoised by `denoiser`.
+
+        D'(x, r) = x + r^2 s(x, sigma) = x + (r / sigma)^2 (D(x, sigma) - x)
+
+    with `sigma^2 = r^2 + level^2`: the score of noisy data at noise level `r` is that of clean data
+    at `sigma`. At `r = 0` it is `x` itself. The `x` of a model with a `ScorePrior` is such noisy
+    data, with `level = sigma_min`.
+    """
+
+    denoiser: AbstractDenoiser
+    level: Scalar = eqx.field(converter=jnp.asarray)
+
+    def __check_init__(self):
+        check_positive("level", self.level)
+
+    @property
+    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
+        low, high = self.denoiser.level_range
+        return jnp.sqrt(jnp.maximum(low**2 - self.level**2, 0)), jnp.sqrt(high**2 - self.level**2)
+
+    def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
+        above = jnp.sqrt(sigma**2 + self.level**2)
+        return x + (sigma / above) ** 2 * (self.denoiser(x, above, context) - x)

@@ -19,21 +19,23 @@ from jaxtyping import Array, Bool, Float
 
 from scoreprior._typing import Event, Key
 from scoreprior.gaussian import Moments
+from scoreprior.observation import AbstractObservation
 from scoreprior.problem.sites import is_one, peel
 
 
-class Observation(eqx.Module):
+class Observation(AbstractObservation):
     """`y = A x + N(0, cov_y)`, as seen from the point `x_0` of prior site `prior` of a `problem`.
 
-    `y` [*y] is the data less the affine offset; `noise` is `N(0, cov_y)` as `Moments`, diagonal for
-    a `Normal` site and dense otherwise; `mask` [*y] is true where there are data. Where the noise
-    depends on `x`, it is taken at `x_0`.
+    `data` [*y] are the data, 0 where masked; `y` [*y] the same less the affine offset; `noise` is
+    `N(0, cov_y)` as `Moments`, diagonal for a `Normal` site and dense otherwise; `mask` [*y] is
+    true where there are data. Where the noise depends on `x`, it is taken at `x_0`.
     """
 
     problem: Any
     site: str = eqx.field(static=True)
     prior: str = eqx.field(static=True)
     values: dict[str, Array]
+    data: Float[Array, "*y"]
     y: Float[Array, "*y"]
     noise: Moments
     mask: Bool[Array, "*y"]
@@ -93,10 +95,11 @@ def observe(problem: Any, values: dict[str, Array], site: str, prior: str) -> Ob
     mask = jnp.broadcast_to(jnp.asarray(mask), data.shape)
     zero = jnp.zeros(data.shape, data.dtype)
     noise = covariance(zero)
-    raw = Observation(problem, site, prior, values, zero, noise, mask)
+    data = jnp.where(mask, data, 0.0)
+    raw = Observation(problem, site, prior, values, data, zero, noise, mask)
     x = raw.point
     offset = raw.mean(x) - raw.A(x)
-    return eqx.tree_at(lambda o: o.y, raw, jnp.where(mask, data, 0.0) - offset)
+    return eqx.tree_at(lambda o: o.y, raw, data - offset)
 
 
 @singledispatch

@@ -1,0 +1,66 @@
+"""What samplers along noise levels ask of a model: one event, seen in known Gaussian noise."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from scoreprior.prior import ScorePrior
+from scoreprior.problem.linearise import Observation
+from scoreprior.problem.sites import peel
+
+ADVICE = "SGLD, SGHMC and SVGD take any model, as NUTS does in the non-centred form"
+
+
+class Observed(NamedTuple):
+    """Prior site `site` of a `problem` in the centred form, its law, and what is seen of it.
+
+    `shape` is that of the site: one event of the prior, or under plates several.
+    """
+
+    problem: Any
+    site: str
+    shape: tuple[int, ...]
+    prior: ScorePrior
+    observation: Observation
+
+
+def only_observation(problem: Any, engine: str) -> Observed:
+    """The one prior site of `problem` and the one observed site.
+
+    Raises `ValueError`, naming `engine` and site, for a model with others or with other latent
+    sites, for a prior behind further transforms, for data that are not Gaussian, and for noise that
+    depends on the event.
+    """
+    sites = problem.sites
+    if len(sites.priors) != 1 or len(sites.observed) != 1 or sites.latents:
+        raise ValueError(
+            f"{engine} needs one prior site, one observed site and no other latent site, got "
+            f"prior sites {list(sites.priors)}, observed sites {list(sites.observed)} and other "
+            f"latent sites {list(sites.latents)}: {ADVICE}"
+        )
+    (name,), (observed,) = sites.priors, sites.observed
+    problem = problem.centred(with_value=False)
+    points = [problem.initial(jax.random.key(seed)) for seed in range(2)]
+    prior, _ = peel(problem.trace(points[0])[name]["fn"])
+    if not isinstance(prior, ScorePrior):
+        raise ValueError(
+            f"{engine} needs a ScorePrior at prior site {name!r}, got one behind further "
+            f"transforms ({type(prior).__name__}): put them into the mean of the data; {ADVICE}"
+        )
+    here, there = (problem.linearise(point) for point in points)
+    if not _same_noise(here, there):
+        raise ValueError(
+            f"{engine} needs noise at observed site {observed!r} that does not depend on {name!r}, "
+            f"got noise that does: {ADVICE}"
+        )
+    return Observed(problem, name, here.point.shape, prior, here)
+
+
+def _same_noise(a: Observation, b: Observation) -> Any:
+    first, second = a.cov_y(), b.cov_y()
+    tolerance = jnp.sqrt(jnp.finfo(first.dtype).eps) * jnp.max(jnp.abs(first))
+    return jnp.max(jnp.abs(first - second)) <= tolerance
+
+
+__all__ = ["ADVICE", "Observed", "only_observation"]

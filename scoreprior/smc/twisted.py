@@ -1,0 +1,216 @@
+"""The posterior of a diffusion prior as a Feynman-Kac model: guidance, with weights that correct it.
+
+The prior is the law of the chain
+
+    x_{k+1} = x_k + h_k s(x_k, r_k) + sqrt(V_k) n,      h_k = r_k^2 - r_{k+1}^2,
+
+down levels `r_0 > ... > r_K = 0` of noise on top of `x`, with `V_k = (h_k + h_{k+1}) / 2`, half of
+the noise before a score and half after it (`sample.HalfNoise`). A method of `guide` gives
+
+    p(y | x_k) ~ exp(tau_k(x_k)) = N(y; mean(x_k), S(x_k)),
+
+a twist (Whiteley & Lee 2014; Wu et al. 2023, "Practical and asymptotically exact conditional
+sampling in diffusion models"), and at the end `tau_K` is the exact log likelihood. Telescoping,
+
+    log G_k = tau_{k+1}(x_{k+1}) - tau_k(x_k) + log P(x_{k+1} | x_k) - log M(x_{k+1} | x_k)
+
+corrects any proposal `M` and any twist; the evidence is unbiased for the law of the chain. Here `M`
+is not a shifted `P` but the posterior of `x_{k+1}` under `P` and a Gaussian for the next twist,
+
+    N(y; mean(x_k) + T B (x_{k+1} - E x_{k+1}), S'),
+
+carried from level to level as in a Gaussian prior: with the eigenvalues `j` of the Jacobian of the
+denoiser in the space of the data,
+
+    T = r_k^2 / (r_{k+1}^2 + h_k j),        S' = cov_y + r_{k+1}^2 T A J A' .
+
+By Bayes' rule the weight is then
+
+    log G_k = tau_{k+1}(x_{k+1}) - log N(y; prediction(x_{k+1}), S') + log N(y; mean, S' + V B B')
+              - tau_k(x_k),
+
+which for an isotropic Gaussian prior is constant up to the error of the steps.
+"""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_solve
+from jaxtyping import Array, Float, Int
+
+from scoreprior._typing import Event, Key, Scalar
+from scoreprior.denoise.base import AbstractDenoiser, Noised
+from scoreprior.flow import Flow
+from scoreprior.guide.base import (
+    AbstractGaussianGuidance,
+    Predicted,
+    log_normal,
+    operator,
+)
+from scoreprior.observation import AbstractObservation
+from scoreprior.smc.feynman_kac import FeynmanKacModel
+from scoreprior.smc.step import over
+
+
+class Levels(NamedTuple):
+    """Levels of the chain: everything but `r` follows from it."""
+
+    r: Float[Array, " steps"]  # where denoisers are evaluated, falling; 0 after the last
+    h: Float[Array, " steps"]  # r_k^2 - r_{k+1}^2
+    V: Float[Array, " steps"]  # variance of the noise of step k
+    start: Scalar  # r_0^2 + h_0 / 2, the variance of the noise on the first event
+
+    @classmethod
+    def make(cls, flow: Flow, sigmas: Float[Array, " levels"]) -> "Levels":
+        """From levels `sigmas`, whose last is the `sigma_min` of `flow`."""
+        squares = (sigmas**2 - flow.sigma_min**2).at[-1].set(0.0)
+        h = squares[:-1] - squares[1:]
+        return cls(jnp.sqrt(squares[:-1]), h, (h + jnp.append(h[1:], 0.0)) / 2, squares[0] + h[0] / 2)
+
+
+class Known(NamedTuple):
+    """What is known of a particle at its level."""
+
+    x_hat: Event  # [*event]
+    predicted: Predicted
+    twist: Scalar
+
+
+class Twisted(eqx.Module):
+    """The posterior of the event of `flow` given `observation`, twisted by `guidance`."""
+
+    flow: Flow
+    observation: AbstractObservation
+    guidance: AbstractGaussianGuidance
+    levels: Levels
+    batch_size: int | None = eqx.field(static=True)
+
+    def model(self) -> FeynmanKacModel:
+        return FeynmanKacModel(self.init, self.propagate, self.levels.r.size)
+
+    def init(self, key: Key, num_particles: int) -> tuple[Event, Array, Known]:
+        keys = jax.random.split(key, num_particles)
+        return over(self._first, self.batch_size)(keys)
+
+    def propagate(
+        self, key: Key, k: Int[Array, ""], x: Event, known: Known, log_weights: Array
+    ) -> tuple[Event, Array, Known]:
+        keys = jax.random.split(key, len(x))
+        middle = over(lambda args: self._next(k, *args), self.batch_size)
+        last = over(lambda args: self._last(*args), self.batch_size)
+        return jax.lax.cond(k + 1 < self.levels.r.size, middle, last, (keys, x, known))
+
+    def _know(self, x: Event, r: Scalar) -> Known:
+        denoiser: AbstractDenoiser = Noised(self.flow.denoiser, self.flow.sigma_min)
+        x_hat, predicted = self.guidance.predict(
+            lambda x: denoiser(x, r), self.observation, x, r
+        )
+        twist = log_normal(self._y, predicted.mean, predicted.covariance)
+        return Known(x_hat, predicted, twist)
+
+    @property
+    def _y(self) -> Float[Array, " m"]:
+        return self.observation.data.ravel()
+
+    @property
+    def _cov_y(self) -> Float[Array, "m m"]:
+        return self.observation.noise.covariance()
+
+    def _first(self, key: Key) -> tuple[Event, Scalar, Known]:
+        """A draw from the posterior of the Gaussian with the moments of the data, weighed."""
+        moments, levels = self.flow.moments, self.levels
+        key_draw, key = jax.random.split(key)
+        variance = self.flow.sigma_min**2 + levels.start
+        gain = (moments.eigenvalues + self.flow.sigma_min**2) / (moments.eigenvalues + variance)
+        A = operator(self.observation, moments.mean)
+        rows = A.reshape(-1, *moments.event_shape)
+        B = jax.vmap(lambda row: moments.apply(gain, row).ravel())(rows)
+        PB = jax.vmap(
+            lambda row: moments.apply(moments.eigenvalues + variance, row.reshape(rows[0].shape))
+        )(B)
+        linear = Linear(self.observation.mean(moments.mean).ravel(), B, PB.reshape(B.shape))
+        draw = moments.sample(key_draw, jnp.sqrt(variance))
+        S = self._cov_y + levels.start * B @ A.T
+        x, log_ratio = linear.condition(key, moments.mean, draw, self._y, (S + S.T) / 2)
+        known = self._know(x, levels.r[0])
+        return x, known.twist + log_ratio, known
+
+    def _next(self, k: Int[Array, ""], key: Key, x: Event, known: Known) -> Any:
+        r, h, V = self.levels.r[k], self.levels.h[k], self.levels.V[k]
+        r_next = self.levels.r[k + 1]
+        predicted = known.predicted
+        T, spread = carry(predicted, r, r_next, h)
+        B, S = T @ predicted.B, self._cov_y + r_next**2 * spread
+        key_draw, key = jax.random.split(key)
+        centre = x + h / r**2 * (known.x_hat - x)
+        draw = centre + jnp.sqrt(V) * jax.random.normal(key_draw, x.shape, x.dtype)
+        linear = Linear(predicted.mean, B, V * B)
+        x, log_ratio = linear.condition(key, centre, draw, self._y, S)
+        new = self._know(x, r_next)
+        return x, new.twist + log_ratio - known.twist, new
+
+    def _last(self, key: Key, x: Event, known: Known) -> Any:
+        r, h, V = self.levels.r[-1], self.levels.h[-1], self.levels.V[-1]
+        key_draw, key = jax.random.split(key)
+        centre = x + h / r**2 * (known.x_hat - x)
+        draw = centre + jnp.sqrt(V) * jax.random.normal(key_draw, x.shape, x.dtype)
+        A = operator(self.observation, centre)
+        linear = Linear(self.observation.mean(centre).ravel(), A, V * A)
+        x, log_ratio = linear.condition(key, centre, draw, self._y, self._cov_y)
+        exact = log_normal(self._y, self.observation.mean(x).ravel(), self._cov_y)
+        return x, exact + log_ratio - known.twist, known
+
+
+class Linear(NamedTuple):
+    """A linear prediction of the data, `mean + B (x - centre)`, for `x ~ N(centre, P)`."""
+
+    mean: Float[Array, " m"]
+    B: Float[Array, "m n"]
+    BP: Float[Array, "m n"]
+
+    def condition(
+        self, key: Key, centre: Event, draw: Event, y: Float[Array, " m"], S: Float[Array, "m m"]
+    ) -> tuple[Event, Scalar]:
+        """A `draw` of `N(centre, P)` made one of the posterior given `y`, by Matheron's rule.
+
+        And `log N(centre, P) - log posterior` there, which Bayes' rule makes a ratio of densities
+        of the data, less the likelihood: `log N(y; mean, S + B P B') - log N(y; prediction, S)`.
+        """
+        root = jnp.linalg.cholesky(S)
+        noise = root @ jax.random.normal(key, y.shape, y.dtype)
+        offset = self.B @ (draw - centre).ravel()
+        evidence = S + self.BP @ self.B.T
+        evidence = (evidence + evidence.T) / 2
+        step = cho_solve((jnp.linalg.cholesky(evidence), True), y - self.mean - offset - noise)
+        x = draw + (self.BP.T @ step).reshape(draw.shape)
+        prediction = self.mean + self.B @ (x - centre).ravel()
+        log_ratio = log_normal(y, self.mean, evidence) - log_normal(y, prediction, S)
+        return x, log_ratio
+
+
+def carry(
+    predicted: Predicted, r: Scalar, r_next: Scalar, h: Scalar
+) -> tuple[Float[Array, "m m"], Float[Array, "m m"]]:
+    """`T` and `T A J A'` of the module docstring.
+
+    `J` counts as symmetric, and an eigenvalue below zero, which only the Jacobian of a network can
+    have, as zero: this shapes the proposal, and the weights correct for it.
+    """
+    spread = predicted.B @ predicted.A.T
+    values, vectors = jnp.linalg.eigh(predicted.A @ predicted.A.T)
+    floor = 10 * values.size * jnp.finfo(values.dtype).eps * values[-1]
+    seen = values > floor
+    root = jnp.sqrt(jnp.where(seen, values, 1.0))
+    whiten = jnp.where(seen, 1 / root, 0.0)[:, None] * vectors.T
+    colour = vectors * jnp.where(seen, root, 0.0)[None]
+    j, basis = jnp.linalg.eigh(whiten @ ((spread + spread.T) / 2) @ whiten.T)
+    j = jnp.maximum(j, 0)
+    ratio = r**2 / (r_next**2 + h * j)
+    left = colour @ basis
+    T = (left * ratio[None]) @ (basis.T @ whiten)
+    return T, (left * (ratio * j)[None]) @ left.T
+
+
+__all__ = ["Levels", "Twisted"]
