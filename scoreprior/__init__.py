@@ -13,7 +13,7 @@ Six nouns, one verb each:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreprior import denoise, nn, sample, train, vi
+from scoreprior import denoise, guide, nn, sample, train, vi
 from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.density import (
     BoundDensity,
@@ -43,6 +43,7 @@ from scoreprior.mcmc import (
     DynamicHMC,
     EllipticalSlice,
     GivenValues,
+    Guided,
     GuideDraws,
     LatentGaussian,
     PredictorCorrector,
@@ -53,7 +54,7 @@ from scoreprior.mcmc import (
 from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
-from scoreprior.smc import NestedSampling, PersistentSMC, TemperedSMC
+from scoreprior.smc import FeynmanKac, NestedSampling, PersistentSMC, TemperedSMC
 from scoreprior.vi import VI, Pathfinder, REDDiff
 
 try:
@@ -82,12 +83,14 @@ __all__ = [
     "DynamicHMC",
     "EllipticalSlice",
     "Exact",
+    "FeynmanKac",
     "FixedGrid",
     "Flow",
     "FlowDensity",
     "Fourier",
     "GivenValues",
     "GuideDraws",
+    "Guided",
     "Hutchinson",
     "Isotropic",
     "LatentGaussian",
@@ -108,6 +111,7 @@ __all__ = [
     "TemperedSMC",
     "compare",
     "denoise",
+    "guide",
     "infer",
     "load",
     "load_images",

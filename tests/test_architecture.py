@@ -20,7 +20,7 @@ LADDER = (
     {"denoise", "nn", "observation", "solver"},
     {"density", "flow", "sample", "train"},
     {"io", "prior"},
-    {"_run", "guide", "problem"},
+    {"_psis", "_run", "guide", "problem"},
     {"mcmc", "smc", "vi"},
     {"check", "compare", "infer", "plot", "sbi"},
     {"cli"},
@@ -35,7 +35,7 @@ NEIGHBOURS = {("density", "flow"), ("io", "prior"), ("_util", "_typing")} | {
 EVERYWHERE = {"equinox", "jax", "jaxtyping", "numpy"}
 DOORS = {
     "arviz": {"compare", "infer", "sbi", "check", "plot", "cli"},
-    "blackjax": {"mcmc", "smc", "vi"},
+    "blackjax": {"_psis", "mcmc", "smc", "vi"},
     "dask": {"sbi"},
     "diffrax": {"solver"},
     "matplotlib": {"plot"},

@@ -5,6 +5,7 @@ from scoreprior.mcmc.ensemble import MEADS, ChEES
 from scoreprior.mcmc.gaussian_prior import EllipticalSlice, LatentGaussian
 from scoreprior.mcmc.gradient import HMC, MALA, Barker, DynamicHMC
 from scoreprior.mcmc.gradient_free import RandomWalk, Slice
+from scoreprior.mcmc.guided import Guided
 from scoreprior.mcmc.microcanonical import MCLMC, AdjustedMCLMC
 from scoreprior.mcmc.noised import FlatLikelihood, MomentLikelihood
 from scoreprior.mcmc.nuts import NUTS
@@ -33,6 +34,7 @@ __all__ = [
     "FlatLikelihood",
     "GivenValues",
     "GuideDraws",
+    "Guided",
     "LatentGaussian",
     "MomentLikelihood",
     "PredictorCorrector",

@@ -8,8 +8,6 @@ with the score of `p_sigma` from the denoiser and `p(y | x_t)` approximated (see
 target is the posterior itself. Draws are independent of one another.
 """
 
-import os
-import warnings
 from abc import abstractmethod
 from typing import Any
 
@@ -18,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scoreprior._run import Checkpoint, Draws, Loop, fingerprint, join, key_words, run_chunks
 from scoreprior._typing import Key, Scalar
 from scoreprior._util import check_count, check_positive
+from scoreprior.mcmc.independent import AbstractIndependent
 from scoreprior.mcmc.linear import LinearProblem, linear_problem
 from scoreprior.mcmc.noised import (
     AbstractNoisedLikelihood,
@@ -29,12 +27,11 @@ from scoreprior.mcmc.noised import (
     first_draw,
     level,
 )
-from scoreprior.mcmc.score import all_finite
 from scoreprior.problem import Problem
 from scoreprior.sample import AbstractSampler, HalfNoise, LogGrid, Stage
 
 
-class AbstractAnnealed(eqx.Module):
+class AbstractAnnealed(AbstractIndependent):
     """Independent draws, each carried down `num_levels` levels even in `log sigma`.
 
     On every level after the first, `num_corrector_steps` Langevin steps `x + h s + sqrt(2 h) n`
@@ -46,17 +43,13 @@ class AbstractAnnealed(eqx.Module):
     `log pi_sigma` where it is concave, so steps are stable for `step_size < 2`.
     """
 
-    num_samples: eqx.AbstractVar[int]
     num_levels: eqx.AbstractVar[int]
     num_corrector_steps: eqx.AbstractVar[int]
     step_size: eqx.AbstractVar[float]
     likelihood: eqx.AbstractVar[AbstractNoisedLikelihood]
-    batch_size: eqx.AbstractVar[int]
 
     def __check_init__(self):
-        check_count("num_samples", self.num_samples)
         check_count("num_levels", self.num_levels, least=2)
-        check_count("batch_size", self.batch_size)
         check_positive("step_size", self.step_size)
         if self.step_size >= 2:
             raise ValueError(f"step_size must be below 2, got {self.step_size}")
@@ -76,60 +69,22 @@ class AbstractAnnealed(eqx.Module):
     def remember(self, x: Array) -> Any:
         """The memory before the first step."""
 
-    def run(
-        self,
-        problem: Problem,
-        key: Key,
-        *,
-        progress: bool = True,
-        checkpoint: str | os.PathLike[str] | None = None,
-    ) -> Draws:
-        """Draw from the posterior of `problem`: draws [1, draw], with their `log_likelihood`.
+    def prepare(self, problem: Problem) -> LinearProblem:
+        """Raises unless the model has one prior site, seen linearly in known Gaussian noise."""
+        return linear_problem(problem, type(self).__name__)
 
-        With `checkpoint`, a directory, the run is stored after every batch, and the same call
-        resumes it bit for bit. Ctrl-C returns the batches that are done, with a warning. Raises
-        `ValueError`, naming the site, unless the model has one prior site, observed linearly with
-        Gaussian noise that is known, and no other latent or observed site.
-        """
-        linear = linear_problem(problem, type(self).__name__)
-        store = None
-        if checkpoint is not None:
-            store = Checkpoint(checkpoint, self._settings(linear, key))
+    def data(self, prepared: LinearProblem) -> Any:
+        return prepared.A, prepared.y, prepared.cov_y
 
-        def advance(state: Any, start: int, count: int) -> Any:
-            return state, _draw(self, linear, key, jnp.asarray(start))
+    def draw(self, prepared: LinearProblem, key: Key) -> Array:
+        flow = prepared.flow
+        sigmas = LogGrid(flow.sigma_min, flow.sigma_max)(self.num_levels - 1)
+        return _descend(self, prepared, sigmas.astype(prepared.y.dtype), key)
 
-        loop = Loop(self.num_samples, 0, min(self.batch_size, self.num_samples), lambda _: "")
-        chunks, _, interrupted = run_chunks(advance, (), loop, progress=progress, checkpoint=store)
-        if not chunks:
-            raise KeyboardInterrupt("interrupted before the first batch of draws")
-        outputs = join(chunks)
-        draws = Draws(linear.problem, outputs["positions"], outputs["stats"], interrupted)
-        lost = draws.stats["diverging"]
-        if interrupted:
-            warnings.warn(
-                f"interrupted: {lost.size} of {self.num_samples} draws are returned", stacklevel=2
-            )
-        if lost.any():
-            warnings.warn(
-                f"{int(lost.sum())} of {lost.size} draws are not finite: lower step_size below "
-                f"{self.step_size}, or raise num_levels above {self.num_levels}",
-                stacklevel=2,
-            )
-        return draws
-
-    def _settings(self, linear: LinearProblem, key: Key) -> dict[str, Any]:
-        """What identifies a run, `batch_size` apart: draw `i` has key `i` in any batch."""
-        engine = {name: value for name, value in vars(self).items() if name != "batch_size"}
-        modules = {name: repr(v) for name, v in engine.items() if isinstance(v, eqx.Module)}
-        return {
-            "engine": type(self).__name__,
-            **engine,
-            **modules,
-            "key": key_words(key),
-            "data": fingerprint((linear.A, linear.y, linear.cov_y)),
-            "prior": fingerprint(linear.flow),
-        }
+    def remedy(self) -> str:
+        return (
+            f"lower step_size below {self.step_size}, or raise num_levels above {self.num_levels}"
+        )
 
 
 class PredictorCorrector(AbstractAnnealed):
@@ -210,23 +165,6 @@ class AnnealedLangevin(AbstractAnnealed):
         self, problem: LinearProblem, sigma: Scalar, below: Scalar, x: Array, memory: Any, key: Key
     ) -> tuple[Array, Any]:
         return x, memory
-
-
-@eqx.filter_jit
-def _draw(
-    engine: AbstractAnnealed, problem: LinearProblem, key: Key, start: Array
-) -> dict[str, dict[str, Array]]:
-    """Draws `start .. start + batch_size`, leaves [draw, 1, ...]."""
-    size = min(engine.batch_size, engine.num_samples)
-    sigmas = LogGrid(problem.flow.sigma_min, problem.flow.sigma_max)(engine.num_levels - 1)
-    sigmas = sigmas.astype(problem.y.dtype)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(size))
-    x = jax.vmap(lambda key: _descend(engine, problem, sigmas, key))(keys)
-    name = problem.site
-    log_likelihood = jax.vmap(lambda x: problem.problem.log_likelihood({name: x}))(x)
-    stats = {"diverging": ~all_finite(x), "log_likelihood": log_likelihood}
-    outputs = {"positions": {name: x}, "stats": stats}
-    return jax.tree.map(lambda leaf: leaf[:, None], outputs)
 
 
 def _descend(

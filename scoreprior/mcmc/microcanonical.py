@@ -207,9 +207,10 @@ class AdjustedMCLMC(AbstractMicrocanonical):
     **Arguments:** `num_warmup`: trajectories, 0 or at least 50; `num_samples`; `num_chains`.
     `centred`: sample `x` with the prior's density policy, rather than its noise. `target_accept`:
     mean acceptance rate, between 0 and 1. `mean_steps`: steps per trajectory, at least 1.2 (with
-    `1.1` and less blackjax's tuning fails). `diagonal_mass`: learn a diagonal mass matrix.
-    `step_size`: the first one, `sqrt(size) / 5` when `None`; without a warm-up the only one, beside
-    a unit mass matrix. `thinning`: trajectories per draw. `chunk_size`: draws between two updates
+    `1.1` and less blackjax's tuning fails). `max_steps` per trajectory: the warm-up takes as many as
+    its length holds, without end where the step size collapses. `diagonal_mass`: learn a diagonal
+    mass matrix. `step_size`: the first one, `sqrt(size) / 5` when `None`; without a warm-up the only
+    one, beside a unit mass matrix. `thinning`: trajectories per draw. `chunk_size`: draws between two updates
     of the progress bar and of the checkpoint; it does not change them.
 
     In the statistics `n_steps` counts steps, each of two gradients.
@@ -221,6 +222,7 @@ class AdjustedMCLMC(AbstractMicrocanonical):
     centred: bool = eqx.field(static=True, default=False, kw_only=True)
     target_accept: float = eqx.field(static=True, default=0.8, kw_only=True)
     mean_steps: float = eqx.field(static=True, default=4.0, kw_only=True)
+    max_steps: int = eqx.field(static=True, default=1000, kw_only=True)
     diagonal_mass: bool = eqx.field(static=True, default=True, kw_only=True)
     step_size: float | None = eqx.field(static=True, default=None, kw_only=True)
     thinning: int = eqx.field(static=True, default=1, kw_only=True)
@@ -228,6 +230,7 @@ class AdjustedMCLMC(AbstractMicrocanonical):
 
     def __check_init__(self):
         check_positive("mean_steps", self.mean_steps)
+        check_count("max_steps", self.max_steps)
         if self.mean_steps < 1.2:
             raise ValueError(f"mean_steps must be at least 1.2, got {self.mean_steps}")
         if not 0 < self.target_accept < 1:
@@ -246,7 +249,7 @@ class AdjustedMCLMC(AbstractMicrocanonical):
     ) -> tuple[Any, MCLMCAdaptationState]:
         # blackjax makes its first phase twice, before and after the mass matrix is set.
         chain, found, _ = blackjax.adjusted_mclmc_find_L_and_step_size(
-            _adjusted_kernel(),
+            _adjusted_kernel(self.max_steps),
             logdensity_fn,
             self.num_warmup,
             chain,
@@ -267,7 +270,7 @@ class AdjustedMCLMC(AbstractMicrocanonical):
         logdensity_fn: Callable[[Any], Scalar],
         tuned: dict[str, Array],
     ) -> tuple[Any, dict[str, Array]]:
-        chain, info = _adjusted_kernel()(
+        chain, info = _adjusted_kernel(self.max_steps)(
             key,
             chain,
             logdensity_fn,
@@ -285,11 +288,11 @@ class AdjustedMCLMC(AbstractMicrocanonical):
         return f"raise target_accept above {self.target_accept}"
 
 
-def _adjusted_kernel() -> Callable[..., Any]:
+def _adjusted_kernel(max_steps: int) -> Callable[..., Any]:
     """The kernel of blackjax, with a number of steps that a counter in the state determines."""
 
     def num_steps(number: Int[Array, ""], mean: Scalar | float) -> Int[Array, ""]:
-        return halton_trajectory_length(number, mean).clip(1)
+        return halton_trajectory_length(number, mean).clip(1, max_steps)
 
     return blackjax.adjusted_mclmc_dynamic.build_kernel(
         integration_steps_fn=num_steps, next_random_arg_fn=lambda number: number + 1

@@ -57,10 +57,20 @@ def only_observation(problem: Any, engine: str) -> Observed:
     return Observed(problem, name, here.point.shape, prior, here)
 
 
+def check_event(observed: Observed) -> None:
+    """Raise `ValueError` unless the prior site is one event, under no plate."""
+    event = observed.prior.event_shape
+    if observed.shape != event:
+        raise ValueError(
+            f"prior site {observed.site!r} must be one event of shape {event}, got shape "
+            f"{observed.shape}: NUTS and TemperedSMC take events under plates"
+        )
+
+
 def _same_noise(a: Observation, b: Observation) -> Any:
     first, second = a.cov_y(), b.cov_y()
     tolerance = jnp.sqrt(jnp.finfo(first.dtype).eps) * jnp.max(jnp.abs(first))
     return jnp.max(jnp.abs(first - second)) <= tolerance
 
 
-__all__ = ["ADVICE", "Observed", "only_observation"]
+__all__ = ["ADVICE", "Observed", "check_event", "only_observation"]

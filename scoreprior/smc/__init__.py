@@ -1,5 +1,7 @@
 """Sequential Monte Carlo engines on a `Problem`, with kernels by blackjax."""
 
+from scoreprior.smc.corrector import FeynmanKac
+from scoreprior.smc.feynman_kac import FeynmanKacModel, Resampling
 from scoreprior.smc.moves import AbstractMoves, HMCMoves, RandomWalkMoves
 from scoreprior.smc.nested import NestedSampling
 from scoreprior.smc.persistent import PersistentSMC
@@ -8,10 +10,13 @@ from scoreprior.smc.tempered import TemperedSMC
 
 __all__ = [
     "AbstractMoves",
+    "FeynmanKac",
+    "FeynmanKacModel",
     "HMCMoves",
     "NestedSampling",
     "PersistentSMC",
     "RandomWalkMoves",
+    "Resampling",
     "TemperedSMC",
     "systematic",
 ]

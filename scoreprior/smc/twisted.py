@@ -1,4 +1,4 @@
-"""The posterior of a diffusion prior as a Feynman-Kac model: guidance, with weights that correct it.
+"""The posterior of a diffusion prior as a Feynman-Kac model: guidance, corrected by weights.
 
 The prior is the law of the chain
 
@@ -37,18 +37,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float, Int
 
 from scoreprior._typing import Event, Key, Scalar
 from scoreprior.denoise.base import AbstractDenoiser, Noised
 from scoreprior.flow import Flow
-from scoreprior.guide.base import (
-    AbstractGaussianGuidance,
-    Predicted,
-    log_normal,
-    operator,
-)
+from scoreprior.guide.base import AbstractGaussianGuidance, Predicted, log_normal, operator
+from scoreprior.guide.linear import Linear, first_event
 from scoreprior.observation import AbstractObservation
 from scoreprior.smc.feynman_kac import FeynmanKacModel
 from scoreprior.smc.step import over
@@ -67,7 +62,9 @@ class Levels(NamedTuple):
         """From levels `sigmas`, whose last is the `sigma_min` of `flow`."""
         squares = (sigmas**2 - flow.sigma_min**2).at[-1].set(0.0)
         h = squares[:-1] - squares[1:]
-        return cls(jnp.sqrt(squares[:-1]), h, (h + jnp.append(h[1:], 0.0)) / 2, squares[0] + h[0] / 2)
+        return cls(
+            jnp.sqrt(squares[:-1]), h, (h + jnp.append(h[1:], 0.0)) / 2, squares[0] + h[0] / 2
+        )
 
 
 class Known(NamedTuple):
@@ -104,9 +101,7 @@ class Twisted(eqx.Module):
 
     def _know(self, x: Event, r: Scalar) -> Known:
         denoiser: AbstractDenoiser = Noised(self.flow.denoiser, self.flow.sigma_min)
-        x_hat, predicted = self.guidance.predict(
-            lambda x: denoiser(x, r), self.observation, x, r
-        )
+        x_hat, predicted = self.guidance.predict(lambda x: denoiser(x, r), self.observation, x, r)
         twist = log_normal(self._y, predicted.mean, predicted.covariance)
         return Known(x_hat, predicted, twist)
 
@@ -119,22 +114,9 @@ class Twisted(eqx.Module):
         return self.observation.noise.covariance()
 
     def _first(self, key: Key) -> tuple[Event, Scalar, Known]:
-        """A draw from the posterior of the Gaussian with the moments of the data, weighed."""
-        moments, levels = self.flow.moments, self.levels
-        key_draw, key = jax.random.split(key)
-        variance = self.flow.sigma_min**2 + levels.start
-        gain = (moments.eigenvalues + self.flow.sigma_min**2) / (moments.eigenvalues + variance)
-        A = operator(self.observation, moments.mean)
-        rows = A.reshape(-1, *moments.event_shape)
-        B = jax.vmap(lambda row: moments.apply(gain, row).ravel())(rows)
-        PB = jax.vmap(
-            lambda row: moments.apply(moments.eigenvalues + variance, row.reshape(rows[0].shape))
-        )(B)
-        linear = Linear(self.observation.mean(moments.mean).ravel(), B, PB.reshape(B.shape))
-        draw = moments.sample(key_draw, jnp.sqrt(variance))
-        S = self._cov_y + levels.start * B @ A.T
-        x, log_ratio = linear.condition(key, moments.mean, draw, self._y, (S + S.T) / 2)
-        known = self._know(x, levels.r[0])
+        sigma_min, start = self.flow.sigma_min, self.levels.start
+        x, log_ratio = first_event(self.flow.moments, self.observation, sigma_min, start, key)
+        known = self._know(x, self.levels.r[0])
         return x, known.twist + log_ratio, known
 
     def _next(self, k: Int[Array, ""], key: Key, x: Event, known: Known) -> Any:
@@ -161,33 +143,6 @@ class Twisted(eqx.Module):
         x, log_ratio = linear.condition(key, centre, draw, self._y, self._cov_y)
         exact = log_normal(self._y, self.observation.mean(x).ravel(), self._cov_y)
         return x, exact + log_ratio - known.twist, known
-
-
-class Linear(NamedTuple):
-    """A linear prediction of the data, `mean + B (x - centre)`, for `x ~ N(centre, P)`."""
-
-    mean: Float[Array, " m"]
-    B: Float[Array, "m n"]
-    BP: Float[Array, "m n"]
-
-    def condition(
-        self, key: Key, centre: Event, draw: Event, y: Float[Array, " m"], S: Float[Array, "m m"]
-    ) -> tuple[Event, Scalar]:
-        """A `draw` of `N(centre, P)` made one of the posterior given `y`, by Matheron's rule.
-
-        And `log N(centre, P) - log posterior` there, which Bayes' rule makes a ratio of densities
-        of the data, less the likelihood: `log N(y; mean, S + B P B') - log N(y; prediction, S)`.
-        """
-        root = jnp.linalg.cholesky(S)
-        noise = root @ jax.random.normal(key, y.shape, y.dtype)
-        offset = self.B @ (draw - centre).ravel()
-        evidence = S + self.BP @ self.B.T
-        evidence = (evidence + evidence.T) / 2
-        step = cho_solve((jnp.linalg.cholesky(evidence), True), y - self.mean - offset - noise)
-        x = draw + (self.BP.T @ step).reshape(draw.shape)
-        prediction = self.mean + self.B @ (x - centre).ravel()
-        log_ratio = log_normal(y, self.mean, evidence) - log_normal(y, prediction, S)
-        return x, log_ratio
 
 
 def carry(

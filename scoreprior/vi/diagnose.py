@@ -12,9 +12,7 @@ import math
 import warnings
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from blackjax.diagnostics import psis_weights
 from jaxtyping import Float
 
 MAX_K_HAT = 0.7
@@ -30,7 +28,7 @@ def diagnose(log_weights: Float[np.ndarray, " n"]) -> tuple[dict[str, Any], np.n
     n, top = len(weights), weights.max()
     ratios = np.exp(weights - top)
     mean = ratios.mean()
-    smoothed, khat = _smooth(log_weights)
+    smoothed, khat = smooth(log_weights)
     found = {
         "elbo": weights.mean(),
         "elbo_se": weights.std(ddof=1) / math.sqrt(n),
@@ -39,22 +37,6 @@ def diagnose(log_weights: Float[np.ndarray, " n"]) -> tuple[dict[str, Any], np.n
         "khat": khat,
     }
     return {name: ((), np.asarray(value)) for name, value in found.items()}, smoothed
-
-
-def _smooth(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Pareto-smoothed weights that sum to one, and k-hat.
-
-    Weights that differ by no more than rounding have no tail: k-hat is 0 then, as blackjax says of
-    weights that are equal exactly; it divides by zero where only some are.
-    """
-    log_weights = np.asarray(log_weights)
-    spread = np.ptp(log_weights)
-    rounding = 64 * np.finfo(log_weights.dtype).eps * max(1.0, np.abs(log_weights).max())
-    if spread <= rounding:
-        return np.full(len(log_weights), 1 / len(log_weights)), 0.0
-    smoothed, khat = psis_weights(jnp.asarray(log_weights))
-    weights = np.exp(np.asarray(smoothed, float))
-    return weights / weights.sum(), float(khat)
 
 
 def largest_k_hat(num_draws: int) -> float:

@@ -1,0 +1,21 @@
+"""Pareto-smoothed importance sampling: smoothed weights, and how far they can be trusted."""
+
+import jax.numpy as jnp
+import numpy as np
+from blackjax.diagnostics import psis_weights
+
+
+def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Pareto-smoothed weights [n] that sum to one, and k-hat (Vehtari et al. 2024).
+
+    Weights that differ by no more than rounding have no tail: k-hat is 0 then, as blackjax says of
+    weights that are equal exactly; it divides by zero where only some are.
+    """
+    log_weights = np.asarray(log_weights)
+    spread = np.ptp(log_weights)
+    rounding = 64 * np.finfo(log_weights.dtype).eps * max(1.0, np.abs(log_weights).max())
+    if spread <= rounding:
+        return np.full(len(log_weights), 1 / len(log_weights)), 0.0
+    smoothed, khat = psis_weights(jnp.asarray(log_weights))
+    weights = np.exp(np.asarray(smoothed, float))
+    return weights / weights.sum(), float(khat)

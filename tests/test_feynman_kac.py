@@ -1,0 +1,330 @@
+"""Feynman-Kac models: the evidence without bias, guided posteriors against the closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax.scipy.special import logsumexp
+
+import oracles
+from killing import kill_a_run
+from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
+from scoreprior.flow import FixedGrid, Flow
+from scoreprior.guide import NRLG, TMPD, DiffPIR, PiGDM
+from scoreprior.infer import infer
+from scoreprior.mcmc import Guided
+from scoreprior.prior import ScorePrior
+from scoreprior.problem import Problem
+from scoreprior.sample import Euler, HalfNoise, Heun
+from scoreprior.smc import FeynmanKac, FeynmanKacModel, Resampling
+from scoreprior.smc import feynman_kac as fk
+from stats import assert_cov, assert_mean
+from two_priors import check_evidence, check_law
+
+KEY = jax.random.key(7)
+SIGMA_MIN = 0.1
+
+
+# A Gaussian random walk seen in noise: the Kalman filter knows its evidence.
+STEPS, WALK, SEEN = 6, 0.7, 0.5
+DATA = jnp.array([0.3, -0.4, 0.9, 1.6, 1.2, 2.5, 2.1])
+
+
+def kalman():
+    mean, variance, total = 0.0, 1.0, 0.0
+    for k, y in enumerate(np.asarray(DATA)):
+        if k:
+            variance = variance + WALK**2
+        spread = variance + SEEN**2
+        total += -0.5 * ((y - mean) ** 2 / spread + np.log(2 * np.pi * spread))
+        gain = variance / spread
+        mean, variance = mean + gain * (y - mean), variance * (1 - gain)
+    return total, mean, variance
+
+
+def log_normal(x, mean, sd):
+    return -0.5 * ((x - mean) / sd) ** 2 - jnp.log(sd * jnp.sqrt(2 * jnp.pi))
+
+
+def walk(log_eta=None, rejuvenate=None):
+    """The bootstrap filter."""
+
+    def init(key, n):
+        x = jax.random.normal(key, (n,))
+        return x, log_normal(DATA[0], x, SEEN), x**2
+
+    def propagate(key, k, x, cache, log_weights):
+        # The cache belongs to the particle.
+        x = jnp.where(cache == x**2, x, jnp.nan) + WALK * jax.random.normal(key, x.shape)
+        return x, log_normal(DATA[k + 1], x, SEEN), x**2
+
+    return FeynmanKacModel(init, propagate, STEPS, log_eta, rejuvenate)
+
+
+def look_ahead(k, x, cache):
+    return 0.7 * log_normal(DATA[k + 1], x, WALK + SEEN)
+
+
+def filtered(model, resampling, num_runs, num_particles=20):
+    """Evidences [run] over the truth, and weighted means of the last particles times them."""
+
+    def run(key):
+        key, first = jax.random.split(key)
+        state = fk.init(model, num_particles, first)
+        step = lambda state, key: fk.step(model, resampling, state, key)
+        state, info = jax.lax.scan(step, state, jax.random.split(key, STEPS))
+        weights = jnp.exp(state.log_weights - kalman()[0])
+        return weights.mean(), (weights * state.particles).mean(), info
+
+    return jax.jit(jax.vmap(run))(jax.random.split(KEY, num_runs))
+
+
+@pytest.mark.parametrize(
+    ("resampling", "log_eta"),
+    [
+        (Resampling(0.5), None),
+        (Resampling(1.0), None),
+        (Resampling(0.0), None),
+        (Resampling(1.0, first=1, last=4), None),
+        (Resampling(1.0, function=lambda key, w, n: jax.random.choice(key, n, (n,), p=w)), None),
+        (Resampling(0.7), look_ahead),
+    ],
+    ids=["adaptive", "always", "never", "interval", "multinomial", "look-ahead"],
+)
+def test_the_evidence_and_the_last_law_have_no_bias(resampling, log_eta):
+    evidence, moment, info = filtered(walk(log_eta), resampling, 40_000)
+    mean = kalman()[1]
+    assert_mean(evidence, 1.0, bias=0.2)
+    assert_mean(moment, mean, bias=0.2)
+    share = float(info.resampled.mean())
+    assert (share == 0) if resampling.threshold == 0 else (share > 0.2)
+
+
+def test_a_weight_that_is_forgotten_biases_the_evidence():
+    def reset(state, key):
+        state = state._replace(log_weights=jnp.where(state.step == 3, 0.0, state.log_weights))
+        return fk.step(walk(), Resampling(0.5), state, key)
+
+    def run(key):
+        key, first = jax.random.split(key)
+        state, _ = jax.lax.scan(reset, fk.init(walk(), 20, first), jax.random.split(key, STEPS))
+        return jnp.exp(state.log_weights - kalman()[0]).mean()
+
+    evidence = jax.jit(jax.vmap(run))(jax.random.split(KEY, 20_000))
+    with pytest.raises(AssertionError, match="outside 5 standard errors"):
+        assert_mean(evidence, 1.0, bias=0.3)
+
+
+def test_rejuvenation_leaves_the_law_as_it_is_and_renews_particles():
+    """A static Gaussian, tempered in three steps, with exact draws as moves."""
+    y, num_steps = 1.3, 3
+
+    def potential(x):
+        return log_normal(y, x, SEEN) / num_steps
+
+    def renew(key, k, x, cache):
+        precision = 1 + k / num_steps / SEEN**2
+        mean = k / num_steps / SEEN**2 * y / precision
+        return mean + jax.random.normal(key, x.shape) / jnp.sqrt(precision), cache
+
+    def init(key, n):
+        x = jax.random.normal(key, (n,))
+        return x, jnp.zeros(n), None
+
+    def propagate(key, k, x, cache, log_weights):
+        return x, potential(x), cache
+
+    model = FeynmanKacModel(init, propagate, num_steps, rejuvenate=renew)
+
+    def run(key):
+        key, first = jax.random.split(key)
+        state = fk.init(model, 20, first)
+        step = lambda state, key: fk.step(model, Resampling(1.0), state, key)
+        state, _ = jax.lax.scan(step, state, jax.random.split(key, num_steps))
+        return jnp.exp(logsumexp(state.log_weights) - jnp.log(20))
+
+    evidence = jax.jit(jax.vmap(run))(jax.random.split(KEY, 20_000))
+    truth = np.exp(log_normal(y, 0.0, np.sqrt(1 + SEEN**2)))
+    assert_mean(evidence / truth, 1.0)
+
+
+def build(denoiser):
+    flow = Flow(denoiser, denoiser.moments(), sigma_min=SIGMA_MIN, solver=FixedGrid(1))
+    return ScorePrior(flow)
+
+
+GAUSSIAN_PRIOR, MIXTURE_PRIOR = build(GAUSSIAN), build(MIXTURE)
+
+
+def line(y):
+    x = numpyro.sample("x", GAUSSIAN_PRIOR)
+    numpyro.sample("y", dist.Normal(A_G @ x, SD_G).to_event(1), obs=y)
+
+
+def plane(y):
+    x = numpyro.sample("x", MIXTURE_PRIOR)
+    numpyro.sample("y", dist.MultivariateNormal(A_M @ x, COV_M), obs=y)
+
+
+LINE, PLANE = Problem.from_model(line, Y_G), Problem.from_model(plane, Y_M)
+COV_G = jnp.eye(1) * SD_G**2
+TRUTHS = {
+    "line": oracles.posterior(GAUSSIAN_PRIOR, A_G, Y_G, COV_G),
+    "plane": oracles.posterior(MIXTURE_PRIOR, A_M, Y_M, COV_M),
+}
+EVIDENCES = {
+    "line": float(oracles.at_level(GAUSSIAN, SIGMA_MIN).log_evidence(A_G, Y_G, COV_G)),
+    "plane": float(oracles.at_level(MIXTURE, SIGMA_MIN).log_evidence(A_M, Y_M, COV_M)),
+}
+
+
+def check(draws, name, *, bias=0.05):
+    """Mean, covariance and evidence, with standard errors from independent groups."""
+    check_law(draws, draws.positions["x"].reshape(-1, 2), TRUTHS[name], bias=bias)
+    check_evidence(draws, EVIDENCES[name], bias=bias)
+
+
+@pytest.mark.promotes_ranks
+@pytest.mark.parametrize(
+    ("guidance", "bias"),
+    [(TMPD(), 0.05), (DiffPIR(2.0), 0.1)],
+    ids=["TMPD", "DiffPIR"],
+)
+def test_corrected_guidance_has_the_posterior_and_the_evidence(guidance, bias):
+    draws = FeynmanKac(guidance, 400, 64, 150).run(PLANE, KEY, progress=False)
+    check(draws, "plane", bias=bias)
+
+
+@pytest.mark.promotes_ranks
+def test_for_a_gaussian_prior_weights_hardly_vary():
+    draws = FeynmanKac(TMPD(), 400, 64, 150).run(LINE, KEY, progress=False)
+    check(draws, "line")
+    assert draws.extra["ess"][1].min() > 0.99 * 400
+    assert not draws.extra["resampled"][1].any()
+
+
+@pytest.mark.promotes_ranks
+def test_the_error_of_the_chain_is_of_second_order():
+    """Of the evidence, where weights are constant and nothing else can be wrong."""
+
+    def error(num_steps):
+        draws = FeynmanKac(TMPD(), 1000, 100, num_steps).run(LINE, KEY, progress=False)
+        return abs(float(draws.extra["log_evidence"][1]) - EVIDENCES["line"])
+
+    coarse, fine = error(8), error(16)
+    assert coarse > 0.005
+    assert fine < coarse / 3
+
+
+@pytest.mark.promotes_ranks
+def test_guidance_alone_is_exact_for_a_gaussian_prior_and_not_for_a_mixture():
+    def biased(problem, name, sampler):
+        mean, cov = oracles.moments(TRUTHS[name])
+        draws = Guided(TMPD(), 40_000, 200, sampler=sampler).run(problem, KEY, progress=False)
+        x = draws.positions["x"][0]
+        assert_mean(x, mean)
+        assert_cov(x, cov)
+
+    for sampler in (HalfNoise(), Heun()):
+        biased(LINE, "line", sampler)
+    with pytest.raises(AssertionError, match="outside 5 standard errors"):
+        biased(PLANE, "plane", HalfNoise())
+
+
+@pytest.mark.promotes_ranks
+def test_guided_counts_the_evaluations():
+    for sampler, calls in ((Euler(), 1), (Heun(), 2), (HalfNoise(), 1)):
+        engine = Guided(TMPD(), 2, 10, sampler=sampler)
+        assert engine.extra(engine.prepare(LINE))["num_evaluations"][1] == 10 * calls + 1
+
+
+ENGINE = FeynmanKac(TMPD(), 50, 2, 20, chunk_size=5)
+
+
+def draw(checkpoint=None, engine=ENGINE, problem=PLANE):
+    return engine.run(problem, KEY, progress=False, checkpoint=checkpoint)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a.positions, b.positions)
+    assert a.extra["log_evidence"][1] == b.extra["log_evidence"][1]
+
+
+@pytest.mark.promotes_ranks
+def test_batches_change_only_the_rounding():
+    batches = draw(engine=FeynmanKac(TMPD(), 50, 2, 20, batch_size=16))
+    np.testing.assert_allclose(batches.positions["x"], draw().positions["x"], rtol=1e-8)
+
+
+@pytest.mark.promotes_ranks
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    kill_a_run("test_feynman_kac", 10, tmp_path)
+    same(draw(checkpoint=tmp_path), draw())
+    with pytest.raises(ValueError, match="differs in guidance"):
+        draw(tmp_path, FeynmanKac(PiGDM(1.0), 50, 2, 20))
+
+
+@pytest.mark.promotes_ranks
+def test_the_tree_has_evidence_and_record():
+    tree = infer(PLANE, ENGINE, key=KEY, progress=False)
+    stats = tree["sample_stats"].to_dataset()
+    assert stats["log_evidence"].dims == stats["khat"].dims == ()
+    for name in ("ess", "resampled", "log_evidence_increment", "unique_ancestors"):
+        assert stats[name].dims == ("group", "step")
+        assert stats[name].shape == (2, 20)
+
+
+@pytest.mark.promotes_ranks
+def test_trouble_is_reported_with_the_remedy():
+    far = Problem.from_model(plane, jnp.array([60.0, -50.0]))
+    with pytest.warns(UserWarning, match="raise num_particles above 20"):
+        FeynmanKac(NRLG(), 20, 2, 8).run(far, KEY, progress=False)
+
+
+def test_bad_settings_and_models_fail_before_any_work():
+    for settings, message in [
+        ({"num_groups": 0}, "num_groups must be at least 1, got 0"),
+        ({"num_particles": 1}, "num_particles must be at least 2, got 1"),
+        ({"num_steps": 1}, "num_steps must be at least 2, got 1"),
+        ({"threshold": 1.5}, "threshold must be between 0 and 1, got 1.5"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            FeynmanKac(**settings)
+
+    def plated(y):
+        with numpyro.plate("n", 2):
+            x = numpyro.sample("x", GAUSSIAN_PRIOR)
+            numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+    def noisy(y):
+        scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+        x = numpyro.sample("x", GAUSSIAN_PRIOR)
+        numpyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
+
+    for engine in (ENGINE, Guided(TMPD())):
+        with pytest.raises(ValueError, match="'x' must be one event of shape"):
+            engine.run(Problem.from_model(plated, jnp.zeros((2, 2))), KEY)
+        with pytest.raises(ValueError, match="needs one prior site.*'scale'"):
+            engine.run(Problem.from_model(noisy, jnp.zeros(2)), KEY)
+
+
+@pytest.mark.promotes_ranks
+def test_a_weight_that_is_not_a_number_stops_the_run():
+    # The covariance of the data is negative for this denoiser, whose Jacobian is minus one.
+    from scoreprior.denoise import AbstractDenoiser
+
+    class Mirror(AbstractDenoiser):
+        def __call__(self, x, sigma, context=None):
+            return -x
+
+    flow = Flow(Mirror(), GAUSSIAN.moments(), sigma_min=SIGMA_MIN)
+
+    def model(y):
+        x = numpyro.sample("x", ScorePrior(flow))
+        numpyro.sample("y", dist.Normal(A_G @ x, 0.01).to_event(1), obs=y)
+
+    with pytest.raises(FloatingPointError, match="weights are not a number.*PiGDM"):
+        ENGINE.run(Problem.from_model(model, Y_G), KEY, progress=False)
