@@ -54,6 +54,7 @@ ENGINES = {
     "TemperedSMC": Entry(sp.TemperedSMC(500, 8)),
     "PersistentSMC": Entry(sp.PersistentSMC(500, 8)),
     "NestedSampling": Entry(sp.NestedSampling(250, 8)),
+    "FeynmanKac": Entry(sp.FeynmanKac(num_particles=500, num_groups=8)),
     # No accept step: biased by the size of the steps.
     "MCLMC": Entry(sp.MCLMC(2000, 2000), 0.1, 0.05),
     "SGLD": Entry(sp.SGLD(1000, 10_000, step_size=0.005), 0.2, 0.15),
@@ -62,6 +63,7 @@ ENGINES = {
     # Along noise levels, with an approximate likelihood.
     "PredictorCorrector": Entry(sp.PredictorCorrector(2000), 0.1, 0.1),
     "AnnealedLangevin": Entry(sp.AnnealedLangevin(2000), 0.1, 0.1),
+    "Guided": Entry(sp.Guided(sp.guide.TMPD(), 2000), 0.1, 0.1),
     # Guides.
     "MeanField": Entry(sp.VI(MeanField(), 1000), 0.15, 0.2),
     "LowRank": Entry(sp.VI(LowRank(4), 1000), 0.15, 0.15),

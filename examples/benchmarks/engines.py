@@ -38,10 +38,11 @@ from mixtures import Case, sliced_wasserstein
 import scoreprior as sp
 from scoreprior import FixedGrid, Flow, Moments, Problem, ScorePrior
 from scoreprior.denoise import Gaussian
+from scoreprior.guide import TMPD
 from scoreprior.vi import IAF, FullRank, LowRank, MeanField
 
 NUM_DRAWS = 1000
-REFERENCE = sp.NUTS(500, 1000)
+REFERENCE = sp.NUTS(300, 500)
 
 
 class Trial(NamedTuple):
@@ -79,6 +80,8 @@ ENGINES: dict[str, Callable[[float], Any]] = {
     "AnnealedLangevin": lambda _: sp.AnnealedLangevin(1000),
     "TemperedSMC": lambda _: sp.TemperedSMC(250),
     "PersistentSMC": lambda _: sp.PersistentSMC(250),
+    "FeynmanKac": lambda _: sp.FeynmanKac(TMPD(), 250),
+    "Guided, TMPD": lambda _: sp.Guided(TMPD()),
     "NestedSampling": lambda _: sp.NestedSampling(250),
     "VI, MeanField": lambda _: sp.VI(MeanField(), 1000),
     "VI, LowRank(8)": lambda _: sp.VI(LowRank(8), 1000),
@@ -215,9 +218,13 @@ def measure(trial: Trial, engine: Any, reference: Any | None) -> dict[str, float
     before = evaluations
     tree = sp.infer(trial.problem, engine, key=jax.random.key(0), progress=False)
     cost = evaluations - before
+    # Samplers along noise levels read the model seldom, and otherwise call the denoiser alone.
     if isinstance(engine, sp.PredictorCorrector | sp.AnnealedLangevin):
-        # They read the model once, and then call the denoiser alone.
         cost = engine.num_samples * (engine.num_levels - 1) * (1 + engine.num_corrector_steps)
+    if isinstance(engine, sp.FeynmanKac):
+        cost = engine.num_groups * engine.num_particles * engine.num_steps
+    if isinstance(engine, sp.Guided):
+        cost = engine.num_samples * int(tree["sample_stats"]["num_evaluations"])
     x = draws(tree)
     if reference is None:
         truth = exact_tree(trial, tree, 20 * NUM_DRAWS, 2)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from scoreprior._run import Draws
 from scoreprior._typing import Key, Scalar
-from scoreprior._util import check_positive
+from scoreprior._util import check_count, check_positive
 from scoreprior.mcmc.tuned import AbstractTunedChains
 from scoreprior.problem import Problem
 
@@ -207,11 +207,11 @@ class AdjustedMCLMC(AbstractMicrocanonical):
     **Arguments:** `num_warmup`: trajectories, 0 or at least 50; `num_samples`; `num_chains`.
     `centred`: sample `x` with the prior's density policy, rather than its noise. `target_accept`:
     mean acceptance rate, between 0 and 1. `mean_steps`: steps per trajectory, at least 1.2 (with
-    `1.1` and less blackjax's tuning fails). `max_steps` per trajectory: the warm-up takes as many as
-    its length holds, without end where the step size collapses. `diagonal_mass`: learn a diagonal
-    mass matrix. `step_size`: the first one, `sqrt(size) / 5` when `None`; without a warm-up the only
-    one, beside a unit mass matrix. `thinning`: trajectories per draw. `chunk_size`: draws between two updates
-    of the progress bar and of the checkpoint; it does not change them.
+    `1.1` and less blackjax's tuning fails). `max_steps` per trajectory, which bounds the warm-up
+    where its step size collapses. `diagonal_mass`: learn a diagonal mass matrix. `step_size`: the
+    first one, `sqrt(size) / 5` when `None`; without a warm-up the only one, beside a unit mass
+    matrix. `thinning`: trajectories per draw. `chunk_size`: draws between two updates of the
+    progress bar and of the checkpoint; it does not change them.
 
     In the statistics `n_steps` counts steps, each of two gradients.
     """
@@ -222,7 +222,7 @@ class AdjustedMCLMC(AbstractMicrocanonical):
     centred: bool = eqx.field(static=True, default=False, kw_only=True)
     target_accept: float = eqx.field(static=True, default=0.8, kw_only=True)
     mean_steps: float = eqx.field(static=True, default=4.0, kw_only=True)
-    max_steps: int = eqx.field(static=True, default=1000, kw_only=True)
+    max_steps: int = eqx.field(static=True, default=100, kw_only=True)
     diagonal_mass: bool = eqx.field(static=True, default=True, kw_only=True)
     step_size: float | None = eqx.field(static=True, default=None, kw_only=True)
     thinning: int = eqx.field(static=True, default=1, kw_only=True)
