@@ -28,7 +28,8 @@ def at_level(law, sigma):
     if isinstance(law, Gaussian):
         noisy = law.law.covariance() + sigma**2 * jnp.eye(law.law.size)
         return Gaussian(Moments.dense(law.law.mean, noisy))
-    covariances = law._each(Moments.covariance) + sigma**2 * jnp.eye(law.components.mean[0].size)
+    noise = sigma**2 * jnp.eye(law.components.mean[0].size)
+    covariances = law._each(Moments.covariance) + noise[None]
     return GaussianMixture.full(law.weights, law.components.mean, covariances)
 
 

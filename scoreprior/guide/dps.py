@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from scoreprior._typing import Event, Scalar, Sigma
 from scoreprior._util import check_positive
@@ -31,7 +32,7 @@ class DPS(AbstractGuidance):
     def guide(
         self, denoise: Denoise, observation: AbstractObservation, x: Event, sigma: Sigma
     ) -> Event:
-        def seen(x: Event) -> tuple[Event, Event]:
+        def seen(x: Event) -> tuple[Array, Event]:
             x_hat = denoise(x)
             return observation.mean(x_hat), x_hat
 

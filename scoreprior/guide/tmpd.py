@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from scoreprior._typing import Event, Sigma
 from scoreprior.guide.base import (
@@ -49,7 +50,7 @@ class DiagonalTMPD(AbstractGuidance):
         x_hat, pullback = jax.vjp(denoise, x)
         mean, pull_operator = jax.vjp(observation.mean, x_hat)
 
-        def spread(w: Event) -> Event:
+        def spread(w: Array) -> Event:
             return pullback(pull_operator(w)[0])[0]
 
         ones, noise = jnp.ones_like(mean), observation.noise

@@ -67,7 +67,9 @@ class Levels(NamedTuple):
         """From levels `sigmas`, whose last is the `sigma_min` of `flow`."""
         squares = (sigmas**2 - flow.sigma_min**2).at[-1].set(0.0)
         h = squares[:-1] - squares[1:]
-        return cls(jnp.sqrt(squares[:-1]), h, (h + jnp.append(h[1:], 0.0)) / 2, squares[0] + h[0] / 2)
+        return cls(
+            jnp.sqrt(squares[:-1]), h, (h + jnp.append(h[1:], 0.0)) / 2, squares[0] + h[0] / 2
+        )
 
 
 class Known(NamedTuple):
@@ -104,9 +106,7 @@ class Twisted(eqx.Module):
 
     def _know(self, x: Event, r: Scalar) -> Known:
         denoiser: AbstractDenoiser = Noised(self.flow.denoiser, self.flow.sigma_min)
-        x_hat, predicted = self.guidance.predict(
-            lambda x: denoiser(x, r), self.observation, x, r
-        )
+        x_hat, predicted = self.guidance.predict(lambda x: denoiser(x, r), self.observation, x, r)
         twist = log_normal(self._y, predicted.mean, predicted.covariance)
         return Known(x_hat, predicted, twist)
 
