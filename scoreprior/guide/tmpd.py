@@ -36,7 +36,7 @@ class TMPD(AbstractGaussianGuidance):
 
 
 class DiagonalTMPD(AbstractGuidance):
-    """`TMPD` with `S` replaced by the diagonal matrix of its row sums (Boys et al. 2023, eq. 12).
+    """`TMPD` with `S` replaced by the diagonal matrix of its row sums (Boys et al. 2023).
 
         S ~ diag(cov_y 1 + sigma^2 A J A' 1)
 
