@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from laws import check_guidance, close
-from oracles import MIXTURE, at_level
+from oracles import MIXTURE, at_level, moments
 from scoreprior.denoise import Gaussian, GaussianMixture, Noised
 from scoreprior.gaussian import Moments
 from scoreprior.guide import DPS, JFPS, MMPS, NRLG, TMPD, DiagonalTMPD, DiffPIR, PiGDM
 from scoreprior.observation import AbstractObservation, LinearObservation
+from scoreprior.sample import HalfNoise, LogGrid, sample
+from stats import assert_cov, assert_mean
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 SIGMAS = (0.03, 0.5, 3.0, 40.0)
@@ -220,6 +222,18 @@ def test_mmps_makes_no_iteration_where_the_data_are_met():
     solution = MMPS().solution(lambda x: GAUSSIAN(x, 0.8), met, X[0], 0.8)
     assert (solution.num_iterations, solution.residual) == (0, 0)
     close(MMPS()(GAUSSIAN, met)(X[0], 0.8), GAUSSIAN(X[0], 0.8), 0, 0)
+
+
+def test_draws_with_a_guided_denoiser_are_of_the_posterior():
+    """A sampler takes it as any other denoiser: here two correlated data of four entries."""
+    seen = LinearObservation(A[:2], Y[:2], COV_Y[:2, :2])
+    sigmas, sampler = LogGrid(0.1, 30.0)(100), HalfNoise()
+    draws = sample(
+        TMPD()(GAUSSIAN, seen), GAUSSIAN.law, 20_000, key=KEYS[5], sigmas=sigmas, sampler=sampler
+    )
+    mean, covariance = moments(at_level(GAUSSIAN.posterior(A[:2], Y[:2], COV_Y[:2, :2]), 0.1))
+    assert_mean(draws, mean.ravel())
+    assert_cov(draws, covariance, bias=0.1)
 
 
 METHODS = [

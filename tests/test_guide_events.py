@@ -211,6 +211,7 @@ def inpainted(prior, x, sigma):
     exact = prior.posterior(A, VALUES[MASK], jnp.zeros((2, 2)))
     found = Replacement(prior, MASK, VALUES)(x, sigma)
     close(found[MASK], VALUES[MASK], 0, 0)
+    close(found[~MASK], prior(x, sigma)[~MASK], 0, 0)
     return exact(x, sigma)[~MASK], found[~MASK]
 
 
