@@ -16,12 +16,13 @@ class Replacement(AbstractDenoiser):
 
     A sampler then carries the known entries along a noised path of their own, `values + sigma n`,
     as the published methods put it into every event; the noise is fresh at each step as far as the
-    sampler makes it so. `sample.Churned`, which goes back up, is the resampling of RePaint.
+    sampler makes it so. The resampling of RePaint, noise up and down again, is left to the sampler:
+    `sample.Churned` is one that goes back up.
 
     This is *not* the posterior: an unknown entry is denoised from the noisy `x_t` of the known ones
     and never from `values`, so correlations are lost at high noise and come in only as `sigma`
-    falls, when most of the event is decided. Exact where known and unknown entries are independent.
-    With weights it can be made exact; `TMPD` with small noise on the data is a better start.
+    falls, when most of the event is decided. Exact where known and unknown entries are independent;
+    `TMPD`, and `EventGuidance` with `Equals`, keep the correlations that the denoiser knows.
 
     **Arguments:** `denoiser`; `mask` [*event], true where entries are known; `values` [*event] in
     data units, of which the others are not used. Raises `ValueError` for shapes that differ and for
