@@ -6,6 +6,7 @@ runs compiled: op-by-op evaluation would spend its time on compiling single oper
 
 import pickle
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +73,16 @@ def check_exact_denoiser(denoiser, x, sigma):
     # Tweedie's second-order formula: Cov[X | x_t] = sigma^2 (I + sigma^2 grad grad log p).
     close(covariance, sigma**2 * (np.eye(size) + sigma**2 * hessian), 1e-8)
     assert np.linalg.eigvalsh(covariance).min() > -1e-9
+
+
+def check_guidance(guidance, denoiser, observation, x, sigma):
+    """A guided denoiser is a denoiser, with the levels of its prior, and depends on the data."""
+    guided = guidance(denoiser, observation)
+    assert guided.level_range == denoiser.level_range
+    check_denoiser(guided, x, sigma)
+    check_pytree(guided, lambda g: g(x[0], sigma))
+    other = eqx.tree_at(lambda g: g.observation.data, guided, observation.data + 1)
+    assert np.abs(eqx.filter_jit(other)(x[0], sigma) - guided(x[0], sigma)).max() > 1e-6
 
 
 def check_transform(transform, u, *, atol):

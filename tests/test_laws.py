@@ -4,9 +4,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from laws import check_denoiser, check_distribution, check_exact_denoiser, check_transform
+from laws import (
+    check_denoiser,
+    check_distribution,
+    check_exact_denoiser,
+    check_guidance,
+    check_transform,
+)
+from oracles import A_M, COV_M, Y_M
 from priors import COARSE, PRIORS, draws, mixture
 from scoreprior.denoise import AbstractDenoiser, Empirical
+from scoreprior.guide import TMPD
+from scoreprior.observation import LinearObservation
 from scoreprior.prior import ProbabilityFlow, ScorePrior
 
 X = draws(PRIORS["exact"], 2)
@@ -31,6 +40,16 @@ class WrongScore(AbstractDenoiser):
 class WrongDensity(Empirical):
     def log_prob(self, x, sigma=0.0):
         return 1.01 * super().log_prob(x, sigma)
+
+
+class IgnoresData(TMPD):
+    def guide(self, denoise, observation, x, sigma):
+        return denoise(x)
+
+
+class WrongJacobian(TMPD):
+    def guide(self, denoise, observation, x, sigma):
+        return x + jax.lax.stop_gradient(super().guide(denoise, observation, x, sigma) - x)
 
 
 class WrongDeterminant(ProbabilityFlow):
@@ -65,6 +84,14 @@ def test_wrong_denoisers_are_seen(denoiser):
 def test_a_wrong_density_of_an_exact_denoiser_is_seen():
     with pytest.raises(AssertionError):
         check_exact_denoiser(WrongDensity(X, 0.4), X, 0.5)
+
+
+@pytest.mark.parametrize("guidance", [IgnoresData(), WrongJacobian()])
+def test_wrong_guidance_is_seen(guidance):
+    arguments = mixture(), LinearObservation(A_M, Y_M, COV_M), X, 0.5
+    check_guidance(TMPD(), *arguments)
+    with pytest.raises(AssertionError):
+        check_guidance(guidance, *arguments)
 
 
 @pytest.mark.parametrize("kind", [WrongDeterminant, WrongInverse])

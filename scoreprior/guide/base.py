@@ -15,12 +15,13 @@ for one event, with `m` entries of data and `n` of the event.
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve, solve_triangular
+from jax.tree_util import all_leaves
 from jaxtyping import Array, Float
 
 from scoreprior._typing import Context, Event, Scalar, Sigma
@@ -29,6 +30,11 @@ from scoreprior.observation import AbstractObservation
 
 Denoise = Callable[[Event], Event]
 """A denoiser at one noise level."""
+
+
+def as_tree(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A plain function as a pytree without leaves, so that its holder may cross `jit`."""
+    return jax.tree_util.Partial(function) if all_leaves([function]) else function
 
 
 class AbstractGuidance(eqx.Module):
@@ -141,6 +147,7 @@ __all__ = [
     "GuidedDenoiser",
     "Linearised",
     "Predicted",
+    "as_tree",
     "linearise",
     "log_normal",
     "operator",

@@ -10,7 +10,7 @@ from scoreprior.observation import AbstractObservation
 
 
 class DiffPIR(AbstractGaussianGuidance):
-    """The proximal point of the data around the denoised event (Zhu et al. 2023, eq. 12).
+    """The proximal point of the data around the denoised event (Zhu et al. 2023, eq. 12b).
 
         D_y = argmin_x (y - A x)' cov_y^-1 (y - A x) + weight / sigma^2 |x - D|^2
 

@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from scoreprior._typing import Event, Scalar, Sigma
 from scoreprior._util import check_positive
@@ -15,10 +16,11 @@ class DPS(AbstractGuidance):
 
         D_y = D - step grad_{x_t} |y - f(D)|
 
-    The published update moves `x` by `-zeta grad |y - f(D)|` at every step, however long: from
-    `sigma` to `sigma_next` that is `step = zeta / (1 - sigma_next^2 / sigma^2)`, about
-    `zeta num_levels / (2 log(sigma_max / sigma_min))` on a grid even in `log sigma`. The norm is
-    not weighted by `cov_y`, so this is no posterior sampler. One vector-Jacobian product.
+    The authors' code moves `x` by `-zeta grad |y - f(D)|` at every ancestral step, however long
+    (algorithm 1 of the paper has the square of the norm): from `sigma` to `sigma_next` that is
+    `step = zeta / (1 - sigma_next^2 / sigma^2)`, about `zeta num_levels / (2 log(sigma_max /
+    sigma_min))` on a grid even in `log sigma`. The norm is not weighted by `cov_y`, so this is no
+    posterior sampler. One vector-Jacobian product.
 
     **Arguments:** `step`, in data units squared per unit of the data.
     """
@@ -31,7 +33,7 @@ class DPS(AbstractGuidance):
     def guide(
         self, denoise: Denoise, observation: AbstractObservation, x: Event, sigma: Sigma
     ) -> Event:
-        def seen(x: Event) -> tuple[Event, Event]:
+        def seen(x: Event) -> tuple[Array, Event]:
             x_hat = denoise(x)
             return observation.mean(x_hat), x_hat
 

@@ -13,7 +13,8 @@ class JFPS(AbstractGaussianGuidance):
 
     The mean is that of the denoiser, the covariance that of a Gaussian prior with the same second
     moments; so `B = A C (C + sigma^2 I)^-1` needs no derivative of the denoiser. Exact for a
-    Gaussian prior. As in Rozet et al. (2024, section 4.2) with the covariance in place of theirs.
+    Gaussian prior. The covariance is one of those that Rozet et al. (2024, section 4.2) compare,
+    who keep the derivative of the denoiser.
 
     **Arguments:** `moments` of the data; their mean is not used.
     """

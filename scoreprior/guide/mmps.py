@@ -22,10 +22,10 @@ class Solution(NamedTuple):
 
 
 class MMPS(AbstractGuidance):
-    """`TMPD` without a matrix (Rozet, Andry, Lanusse & Louppe 2024, eqs. 17 to 19).
+    """`TMPD` without a matrix (Rozet, Andry, Lanusse & Louppe 2024, section 4.2).
 
     Solves `(cov_y + sigma^2 A J A') v = y - f(D)` by conjugate gradients from zero, and gives
-    `D + sigma^2 J' A' v`, with `J = dD/dx_t`. An iteration costs one Jacobian-vector product of the
+    `D + sigma^2 J' A' v`, with `J = dD/dx_t`. An iteration costs one vector-Jacobian product of the
     denoiser, and memory that of a few events. Iterated to the end it is `TMPD`; stopped early it
     pulls less along the directions that data determine least, and is stable where `J` is not quite
     symmetric.

@@ -13,10 +13,10 @@ class NRLG(AbstractGaussianGuidance):
     """`p(x | x_t) ~ N(x_t, sigma^2 I)`, as if the prior were flat (Wang, Liu & Wei 2025).
 
     The likelihood score has a closed form, with `mean = f(x_t)`, `B = weight A` and
-    `S = cov_y + sigma^2 A A'`, and needs no derivative of the denoiser. What is implemented is the
-    paper's likelihood score, added to the score of the network; for `weight = 1` that is also the
-    method of Meng & Kabashima (2022). It pulls too hard at levels above the scale of the data. A
-    nonlinear `f` is linearised at `x_t`.
+    `S = cov_y + sigma^2 A A'`, and needs no derivative of the denoiser. For `weight = 1` it is that
+    of Meng & Kabashima (2022); Wang et al. refine the predicted noise by it, which is to add it to
+    the score of the network. It pulls too hard at levels above the scale of the data. A nonlinear
+    `f` is linearised at `x_t`.
 
     **Arguments:** `weight`, a factor of the likelihood score.
     """

@@ -10,7 +10,7 @@ from scoreprior.observation import AbstractObservation
 
 
 class PiGDM(AbstractGaussianGuidance):
-    """`p(x | x_t) ~ N(D, r^2 I)` (Song, Vahdat, Mardani & Kautz 2023, eqs. 6 to 8).
+    """`p(x | x_t) ~ N(D, r^2 I)` (Song, Vahdat, Mardani & Kautz 2023, eqs. 7 and 8).
 
     `S = cov_y + r^2 A A'` and `B = A dD/dx_t`, with `r^2 = s^2 sigma^2 / (s^2 + sigma^2)` for data
     of variance `s^2`: exact for a prior `N(m, s^2 I)`. Costs one vector-Jacobian product per datum.

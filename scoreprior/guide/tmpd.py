@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from scoreprior._typing import Event, Sigma
 from scoreprior.guide.base import (
@@ -35,7 +36,7 @@ class TMPD(AbstractGaussianGuidance):
 
 
 class DiagonalTMPD(AbstractGuidance):
-    """`TMPD` with `S` replaced by the diagonal matrix of its row sums (Boys et al. 2023, eq. 12).
+    """`TMPD` with `S` replaced by the diagonal matrix of its row sums (Boys et al. 2023).
 
         S ~ diag(cov_y 1 + sigma^2 A J A' 1)
 
@@ -49,7 +50,7 @@ class DiagonalTMPD(AbstractGuidance):
         x_hat, pullback = jax.vjp(denoise, x)
         mean, pull_operator = jax.vjp(observation.mean, x_hat)
 
-        def spread(w: Event) -> Event:
+        def spread(w: Array) -> Event:
             return pullback(pull_operator(w)[0])[0]
 
         ones, noise = jnp.ones_like(mean), observation.noise
