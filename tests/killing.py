@@ -13,9 +13,9 @@ import importlib, sys
 import conftest, jax
 jax.config.update("jax_numpy_rank_promotion", "allow")
 from killing import die_when
-name, done, path = sys.argv[1:]
+name, done, path, function, *args = sys.argv[1:]
 die_when(int(done))
-importlib.import_module(name).draw(checkpoint=path)
+getattr(importlib.import_module(name), function)(*args, checkpoint=path)
 """
 
 
@@ -31,11 +31,14 @@ def die_when(done):
     Checkpoint.save = save_and_die
 
 
-def kill_a_run(name, done, path):
-    """Run `draw(checkpoint=path)` of test module `name` until `done` steps are stored."""
+def kill_a_run(name, done, path, *args, function="draw"):
+    """Run `function(*args, checkpoint=path)` of test module `name` until `done` steps are stored.
+
+    `args` are strings.
+    """
     tests = Path(__file__).parent
     child = subprocess.run(
-        [sys.executable, "-c", SCRIPT, name, str(done), str(path)],
+        [sys.executable, "-c", SCRIPT, name, str(done), str(path), function, *args],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
         capture_output=True,
         check=False,

@@ -110,8 +110,9 @@ def check_two_priors(values, bias, scale=1.0):
 
 # Kernels differ in the effective size of as many draws, and so in the bias that a test can see.
 KERNELS = {
-    "HMC": (HMC(150, 300, 64, num_leapfrog=3), 0.12),
-    "DynamicHMC": (DynamicHMC(150, 300, 64, num_leapfrog=3), 0.12),
+    # At 0.8 some trajectories would take half a period: they negate `x`, and keep its square.
+    "HMC": (HMC(150, 300, 64, num_leapfrog=3, target_accept=0.9), 0.13),
+    "DynamicHMC": (DynamicHMC(150, 300, 64, num_leapfrog=3), 0.13),
     "MALA": (MALA(150, 400, 64), 0.15),
     "Barker": (Barker(200, 400, 128), 0.15),
     "RandomWalk": (RandomWalk(300, 500, 256, dense_mass=True), 0.2),
@@ -154,6 +155,33 @@ def test_a_latent_scale_keeps_its_own_prior(engine):
     # What is drawn when the kernel's standard normal is taken for the prior of log scale.
     with pytest.raises(AssertionError, match="outside 5 standard errors"):
         check(0.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", [EllipticalSlice, LatentGaussian])
+def test_a_density_of_nan_is_refused_and_reported(kind):
+    """The likelihood is `exp(x_0)` below 0.5 and NaN above: a truncated normal about 1."""
+
+    def model(undefined):
+        x = numpyro.sample("x", LINE)
+        numpyro.factor("tilt", jnp.where(x[0] < 0.5, x[0], undefined))
+
+    engine = kind(50, 100, 64)
+    with pytest.warns(UserWarning, match="NaN at a proposal of .* return minus infinity") as caught:
+        result, values = draws(Problem.from_model(model, jnp.nan), engine)
+    diverging = result.stats["diverging"]
+    assert f"of {diverging.sum()} of 6400 draws" in str(caught[0].message)
+    assert 0 < diverging.sum() < diverging.size
+    # The variance of x is 1.01, that of the prior at its lowest level.
+    sd = np.sqrt(1.01)
+    end = (0.5 - 1.01) / sd
+    mean = 1.01 - sd * np.exp(jax.scipy.stats.norm.logpdf(end) - jax.scipy.stats.norm.logcdf(end))
+    assert (values["x"][..., 0] < 0.5).all()
+    assert_mean_of_chains(values["x"][..., :1], mean, bias=0.2)
+    # Minus infinity is a value like any other.
+    if kind is EllipticalSlice:
+        quiet, _ = draws(Problem.from_model(model, -jnp.inf), engine)
+        np.testing.assert_array_equal(quiet.positions["x"], result.positions["x"])
+        assert not quiet.stats["diverging"].any()
 
 
 def test_the_factor_times_the_normal_is_the_posterior():
@@ -215,7 +243,7 @@ def test_slices_are_as_wide_as_the_posterior():
 
 def test_the_energy_is_that_of_the_draw():
     """`energy + lp` is the kinetic energy, whose mean is half the number of coordinates."""
-    result, _ = draws(problem(line), HMC(60, 400, 64, num_leapfrog=2))
+    result, _ = draws(problem(line), HMC(60, 400, 64, num_leapfrog=2, target_accept=0.9))
     assert result.stats["acceptance_rate"].mean() < 0.95
     kinetic = (result.stats["energy"] + result.stats["lp"])[..., None]
     assert_mean_of_chains(kinetic, 1.5, bias=0.1)

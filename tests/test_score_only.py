@@ -12,7 +12,7 @@ import pytest
 
 import oracles
 import scoreprior._run as run_module
-from oracles import A_G, GAUSSIAN, SD_G, Y_G
+from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
 from scoreprior.density import FlowDensity, ScoreGradient, ScoreOnly
 from scoreprior.flow import FixedGrid, Flow
 from scoreprior.infer import infer
@@ -31,7 +31,7 @@ from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
 from scoreprior.sample import Heun
 from scoreprior.smc import TemperedSMC
-from stats import assert_cov, assert_mean
+from stats import assert_cov, assert_masses, assert_mean
 
 pytestmark = pytest.mark.promotes_ranks
 
@@ -45,7 +45,7 @@ def build(denoiser, density=None):
     return ScorePrior(flow, ScoreOnly() if density is None else density)
 
 
-PRIOR = build(GAUSSIAN)
+PRIOR, MIXED = build(GAUSSIAN), build(MIXTURE)
 
 
 def line(y):
@@ -276,6 +276,27 @@ def test_images_in_a_plate_with_a_mask():
         assert_mean(x[:, image], mean, bias=0.1)
         assert_cov(x[:, image], covariance, bias=0.1)
     assert abs(np.corrcoef(x[:, 0, 0], x[:, 1, 0])[0, 1]) < 5 / np.sqrt(N)
+
+
+def mixed(y):
+    x = numpyro.sample("x", MIXED)
+    numpyro.sample("y", dist.MultivariateNormal(A_M @ x, COV_M), obs=y)
+
+
+@pytest.mark.parametrize("num_levels", [100, 12])
+def test_langevin_on_a_mixture_whose_modes_touch(num_levels):
+    """The likelihood is wrong on all levels but the last; with many, its error is forgotten."""
+    exact = oracles.posterior(MIXED, A_M, Y_M, COV_M)
+    mean, covariance = oracles.moments(exact)
+    engine = AnnealedLangevin(N, num_levels, **LANGEVIN)
+    x = draw(engine, Problem.from_model(mixed, Y_M)).positions["x"][0]
+    if num_levels == 12:
+        with pytest.raises(AssertionError, match=OUTSIDE):
+            assert_cov(x, covariance, bias=0.1)
+        return
+    assert_mean(x, mean, bias=0.1)
+    assert_cov(x, covariance, bias=0.1)
+    assert_masses(np.exp(jax.vmap(exact.log_responsibilities)(x)), exact.weights)
 
 
 class Interrupting(run_module.tqdm):

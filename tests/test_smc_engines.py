@@ -2,14 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
 
 import oracles
-from oracles import A_M, COV_M, GAUSSIAN, MIXTURE, Y_M
+from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
 from scoreprior.smc import NestedSampling, PersistentSMC, TemperedSMC
-from two_priors import PRIOR_M, build, check_evidence, check_law, run
+from two_priors import PRIOR_G, PRIOR_M, build, check_evidence, check_law, run
 
 pytestmark = [pytest.mark.promotes_ranks, pytest.mark.slow]
 
@@ -39,6 +40,30 @@ def test_posterior_and_evidence_of_a_mixture_prior(name):
         check_law(draws, flat["m"], oracles.posterior(PRIOR_M, A_M, Y_M, 0.8 * COV_M), bias=0.2)
     with pytest.raises(AssertionError, match="log evidence"):
         check_evidence(draws, evidence_of_mixture(scale=1.3))
+
+
+@pytest.mark.parametrize("name", ["persistent", "nested"])
+def test_single_precision(name):
+    with jax.enable_x64(False):
+        prior = build(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), GAUSSIAN), 1)
+        A = A_G.astype(jnp.float32)
+
+        def model(y):
+            g = numpyro.sample("g", prior)
+            numpyro.sample("y", dist.Normal(A @ g, SD_G).to_event(1), obs=y)
+
+        draws, flat = run(model, ENGINES[name], Y_G.astype(jnp.float32))
+    assert flat["g"].dtype == draws.stats["lp"].dtype == np.float32
+    g, cov_y = flat["g"].astype(float), jnp.eye(1) * SD_G**2
+    evidence = lambda scale: float(
+        oracles.at_level(GAUSSIAN, 0.1).log_evidence(A_G, Y_G, scale**2 * cov_y)
+    )
+    check_law(draws, g, oracles.posterior(PRIOR_G, A_G, Y_G, cov_y), bias=0.2)
+    check_evidence(draws, evidence(1.0), bias=0.2)
+    with pytest.raises(AssertionError, match="outside 5 standard errors"):
+        check_law(draws, g, oracles.posterior(PRIOR_G, A_G, Y_G, 0.7 * cov_y), bias=0.2)
+    with pytest.raises(AssertionError, match="log evidence"):
+        check_evidence(draws, evidence(2.0))
 
 
 @pytest.mark.parametrize("name", ["persistent", "nested"])

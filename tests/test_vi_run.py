@@ -16,6 +16,7 @@ import pytest
 import oracles
 import scoreprior as sp
 import scoreprior._run as run_module
+from killing import kill_a_run
 from oracles import A_G, GAUSSIAN, SD_G, Y_G
 from scoreprior.density import FlowDensity, ScoreGradient, ScoreOnly
 from scoreprior.flow import FixedGrid, Flow
@@ -113,6 +114,12 @@ def test_ctrl_c_keeps_the_guide_and_the_fit_resumes_bit_for_bit(reference, monke
     assert_same(fit(checkpoint=tmp_path / "run"), reference)
     other = fit(VI(MeanField(), 120, 200, chunk_size=50))
     np.testing.assert_allclose(other.history, reference.history, rtol=1e-9)
+
+
+def test_a_killed_fit_resumes_bit_for_bit(reference, tmp_path, stored_steps):
+    kill_a_run("test_vi_run", 80, tmp_path / "run", function="fit")
+    assert_same(fit(checkpoint=tmp_path / "run"), reference)
+    assert stored_steps == [120]
 
 
 @pytest.mark.filterwarnings("ignore:k-hat is")

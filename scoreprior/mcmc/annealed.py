@@ -140,10 +140,11 @@ class AnnealedLangevin(AbstractAnnealed):
     With a likelihood at every level, as Jalal et al. (NeurIPS 2021). The step size is proportional
     to `sigma^2` where the data are weak, as in algorithm 1 of Song & Ermon. Nothing but these steps
     moves a draw: whatever `likelihood`, draws are exact for an exact score in the limit of many
-    steps per level and a small `step_size`, where the posterior has one mode. With `r` the
-    `step_size`, `M` steps per level and `q` the ratio of successive levels, variances lag behind
-    the levels by a fraction `log(1 / q) / (M r)` and directions no wider than `sigma_min` are too
-    wide by about `r / 2`.
+    steps per level and a small `step_size`, where the posterior has one mode or modes that touch.
+    Masses of modes between which no step leads at low levels are those of the approximation at the
+    level where they part. With `r` the `step_size`, `M` steps per level and `q` the ratio of
+    successive levels, variances lag behind the levels by a fraction `log(1 / q) / (M r)` and
+    directions no wider than `sigma_min` are too wide by about `r / 2`.
 
     **Arguments:** as those of `PredictorCorrector`.
     """

@@ -11,6 +11,7 @@ where `location` and `scale` are 0 and 1 for prior sites, and for the others the
 central 68 % of prior draws: any values are right, and these make `f` flat where the likelihood is.
 """
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -20,10 +21,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from blackjax.mcmc.elliptical_slice import EllipSliceState
 from blackjax.mcmc.marginal_latent_gaussian import CovarianceSVD
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
+from scoreprior._run import Draws
 from scoreprior._typing import Key, PyTree, Scalar
 from scoreprior._util import check_positive
 from scoreprior.mcmc.chains import AbstractChains
@@ -101,8 +104,18 @@ class AbstractGaussianPriorChains(AbstractChains):
         }
         return state._replace(chains=chains, warmup=warmup), outputs
 
+    def warn(self, draws: Draws) -> None:
+        diverging = draws.stats["diverging"]
+        if count := int(diverging.sum()):
+            warnings.warn(
+                f"the log density was NaN at a proposal of {count} of {diverging.size} draws, and "
+                "these proposals were refused as if it were minus infinity: where the model is "
+                "impossible return minus infinity, where it is possible keep it finite",
+                stacklevel=3,
+            )
+
     def _warmup(self) -> Warmup:
-        return Warmup(self.num_warmup, self.target_accept, dense_mass=False)
+        return Warmup(self.num_warmup, self.target_accept, dense_mass=None)
 
     def _refuse_centred(self) -> None:
         raise ValueError(
@@ -112,11 +125,12 @@ class AbstractGaussianPriorChains(AbstractChains):
 
 
 class EllipticalSlice(AbstractGaussianPriorChains):
-    """Elliptical slice sampling (Murray, Adams & MacKay 2010), by blackjax.
+    """Elliptical slice sampling (Murray, Adams & MacKay 2010, figure 2).
 
     It has no step size, takes no gradient and always moves. It suits weak likelihoods: on ellipses
     through prior draws, a likelihood that is much narrower than the prior leaves only small steps.
-    The warm-up is merely dropped. A point where the density is NaN lies outside every slice.
+    The warm-up is merely dropped. A point where the density is NaN lies outside every slice; a draw
+    on the way to which there was one is `diverging`, and a warning counts them.
 
     **Arguments:** `num_warmup`, `num_samples`: steps per chain; `num_chains`. `centred` must be
     `False`. `chunk_size`: steps between two updates of the progress bar and of the checkpoint; it
@@ -132,16 +146,9 @@ class EllipticalSlice(AbstractGaussianPriorChains):
     def move(
         self, key: Key, chain: Any, log_factor: Callable[[Any], Scalar], step_size: Scalar
     ) -> tuple[Any, Scalar, dict[str, Array]]:
-        def inside(position: Any) -> Scalar:
-            # blackjax shrinks while `value <= level`, and so would accept NaN.
-            value = log_factor(position)
-            return jnp.where(jnp.isnan(value), -jnp.inf, value)
-
-        size = sum(leaf.size for leaf in jax.tree.leaves(chain.position))
-        zeros = jnp.zeros(size, step_size.dtype)
-        kernel = blackjax.elliptical_slice.build_kernel(jnp.ones_like(zeros), zeros)
-        chain, info = kernel(key, chain, inside)
-        return chain, jnp.ones_like(step_size), {"n_steps": info.subiter}
+        chain, num_evaluations, diverging = _elliptical_slice(key, chain, log_factor)
+        stats = {"n_steps": num_evaluations, "diverging": diverging}
+        return chain, jnp.ones_like(step_size), stats
 
     def describe(self, outputs: dict[str, dict[str, np.ndarray]]) -> str:
         return f"{outputs['stats']['n_steps'].mean():.1f} densities per draw"
@@ -182,6 +189,50 @@ class LatentGaussian(AbstractGaussianPriorChains):
         stats = outputs["stats"]
         delta = np.median(stats["step_size"][-1])
         return f"delta {delta:.2g}, acceptance {stats['acceptance_rate'].mean():.2f}"
+
+
+class Bracket(NamedTuple):
+    """Angles between which the next point of an ellipse is drawn, and what was found so far."""
+
+    lower: Scalar
+    upper: Scalar
+    chain: EllipSliceState  # the last point
+    count: Int[Array, ""]
+    diverging: Bool[Array, ""]
+
+
+def _elliptical_slice(
+    key: Key, chain: EllipSliceState, log_factor: Callable[[Any], Scalar]
+) -> tuple[EllipSliceState, Int[Array, ""], Bool[Array, ""]]:
+    """One step: the next state, the values taken of `log_factor`, and whether one was NaN.
+
+    blackjax's kernel would accept NaN, and has no way to report it.
+    """
+    key_level, key_noise, key_cut, key_angle = jax.random.split(key, 4)
+    level = chain.logdensity + jnp.log(jax.random.uniform(key_level, dtype=chain.logdensity.dtype))
+    flat, unravel = ravel_pytree(chain.position)
+    noise = jax.random.normal(key_noise, flat.shape, flat.dtype)
+
+    def shrink(bracket: Bracket) -> Bracket:
+        lower, upper, _, count, diverging = bracket
+        own = jax.random.fold_in(key_angle, count)
+        angle = jax.random.uniform(own, (), flat.dtype, lower, upper)
+        position = unravel(jnp.cos(angle) * flat + jnp.sin(angle) * noise)
+        value = log_factor(position)
+        return Bracket(
+            jnp.where(angle < 0, angle, lower),
+            jnp.where(angle < 0, upper, angle),
+            EllipSliceState(position, value),
+            count + 1,
+            diverging | jnp.isnan(value),
+        )
+
+    # The first point is anywhere on the ellipse, and the first bracket all of it, cut there.
+    cut = jax.random.uniform(key_cut, (), flat.dtype, 0, 2 * jnp.pi)
+    at_cut = Bracket(cut, cut, chain, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    first = shrink(at_cut)._replace(lower=cut - 2 * jnp.pi)
+    last = jax.lax.while_loop(lambda at: ~(at.chain.logdensity > level), shrink, first)
+    return last.chain, last.count, last.diverging
 
 
 class _Identity:

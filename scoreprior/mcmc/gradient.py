@@ -22,9 +22,10 @@ from scoreprior.mcmc.adaptive import AbstractAdaptiveChains
 class HMC(AbstractAdaptiveChains):
     """Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011, algorithm of figure 2), by blackjax.
 
-    Trajectories all have the same length. One of about half the period of the posterior, which is
-    `pi` where the mass matrix is right, forgets its start; one of a whole period returns to it. If
-    draws are correlated with either sign, use `DynamicHMC`.
+    Trajectories all have the same length. One of about a quarter of the period of the posterior,
+    which is `pi / 2` where the mass matrix is right, forgets its start; half a period ends at its
+    mirror image, and a whole one at the start. If draws or their squares are correlated with either
+    sign, use `DynamicHMC`.
 
     **Arguments:** `num_leapfrog`: gradients per draw. `target_accept`: mean acceptance rate, in
     (0, 1); 0.651 is best for many independent coordinates (Beskos et al. 2013), and more is safer.

@@ -4,6 +4,15 @@ Stan's schedule (fast, then slow windows that double, then fast; Stan reference 
 algorithm parameters") with blackjax's dual averaging and Welford estimator. All chains feed one
 covariance, so the windows of M chains are M times as informative. Step sizes stay apart: where one
 chain is caught in a steep place, a shared step size would collapse for all of them.
+
+Dual averaging (Hoffman & Gelman 2014, equation 6) departs from Stan's in two settings. The rate of
+one step is a noisy answer, and at Stan's `gamma = 0.05` it throws `log step_size` about with a
+standard deviation of 0.7 at the end of a window of 50. Dual averaging makes the mean of the
+*rate* over those step sizes right, not the rate at their mean, which is what is used thereafter: it
+is off by half that variance times the curvature of the rate. In 10 normal coordinates, where 0.234
+was asked of `RandomWalk` and 0.574 of `MALA`, that gave 0.13 and 0.69. And it shrinks towards the
+step size at which it starts, not towards ten times that, which a short window does not forget: a
+new mass matrix changes the unit of the step size, and the step size is converted.
 """
 
 from typing import Any, NamedTuple
@@ -17,9 +26,10 @@ from blackjax.adaptation.staged_adaptation import build_schedule
 from blackjax.adaptation.step_size import dual_averaging_adaptation
 from jaxtyping import Array, Float, Int
 
-from scoreprior._typing import PyTree
+from scoreprior._typing import PyTree, Scalar
 
 FAST, SLOW, FROZEN = 0, 1, 2
+GAMMA = 0.2
 
 
 class WarmupState(NamedTuple):
@@ -34,12 +44,13 @@ class WarmupState(NamedTuple):
 class Warmup(eqx.Module):
     """Adaptation towards a mean acceptance rate of `target_accept` in every chain.
 
-    Without one, `None`, step sizes stay as they are and the mass matrix alone is learned.
+    Without one, `None`, step sizes stay as they are and the mass matrix alone is learned. Where
+    `dense_mass` is `None` the kernel has no mass matrix, and one window is the whole warm-up.
     """
 
     num_steps: int = eqx.field(static=True)
     target_accept: float | None = eqx.field(static=True)
-    dense_mass: bool = eqx.field(static=True)
+    dense_mass: bool | None = eqx.field(static=True)
 
     def schedule(self, num_draws: int) -> Int[np.ndarray, "steps 2"]:
         """For every step, draws included, its stage and what it ends.
@@ -49,7 +60,8 @@ class Warmup(eqx.Module):
         schedule = np.zeros((self.num_steps + num_draws, 2), int)
         schedule[self.num_steps :, 0] = FROZEN
         if self.num_steps:
-            schedule[: self.num_steps] = np.asarray(build_schedule(self.num_steps))
+            if self.dense_mass is not None:
+                schedule[: self.num_steps] = np.asarray(build_schedule(self.num_steps))
             schedule[self.num_steps - 1, 1] = 2
         return schedule
 
@@ -97,7 +109,8 @@ class Warmup(eqx.Module):
             matrix = covariance.inverse_mass_matrix
             new = state._replace(covariance=covariance, inverse_mass_matrix=matrix)
             return _like(state, new)
-        averaging = jax.vmap(lambda one: restart(average(one)))(state.averaging)
+        unit = _ratio_of_units(state.inverse_mass_matrix, covariance.inverse_mass_matrix)
+        averaging = jax.vmap(lambda one: restart(unit * average(one)))(state.averaging)
         step_size = jnp.exp(averaging.log_step_size)
         new = WarmupState(averaging, covariance, step_size, covariance.inverse_mass_matrix)
         return _like(state, new)
@@ -109,10 +122,25 @@ class Warmup(eqx.Module):
         return _like(state, state._replace(step_size=step_size))
 
     def _averaging(self) -> Any:
-        return dual_averaging_adaptation(self.target_accept or 0.5)
+        init, update, final = dual_averaging_adaptation(self.target_accept or 0.5, gamma=GAMMA)
+
+        def start(step_size: Scalar) -> Any:
+            return init(step_size)._replace(mu=jnp.log(step_size))
+
+        return start, update, final
 
     def _covariance(self) -> Any:
         return mass_matrix_adaptation(is_diagonal_matrix=not self.dense_mass)
+
+
+def _ratio_of_units(old: Array, new: Array) -> Scalar:
+    """What the step size is multiplied by, so that steps under `new` are as long as under `old`.
+
+    The length is the root mean square over coordinates in standard deviations by `new`.
+    """
+    if new.ndim == 1:
+        return jnp.sqrt(jnp.mean(old / new))
+    return jnp.sqrt(jnp.trace(jnp.linalg.solve(new, old)) / len(new))
 
 
 def _in_dtype(leaf: Any, dtype: Any) -> Array:
