@@ -10,8 +10,9 @@ but whitened and on ten steps of a fixed grid, which makes it cheaper than their
 
 Every form gets the better of two learning rates, by the time to the target; 0.1 diverges. The
 target is the ELBO that the centred ODE form holds at the end of its steps, at its best rate, less
-three nats, since runs differ. Estimates are means over 20 steps. Times are those of the compiled steps alone, medians
-over runs: wall seconds, and seconds of all processors, which other work changes less.
+three nats, since runs differ. Estimates are means over 20 steps. Times are those of the compiled
+steps alone, medians over runs: wall seconds, and seconds of all processors, which other work
+changes less.
 """
 
 import statistics
