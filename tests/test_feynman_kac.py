@@ -11,6 +11,7 @@ from jax.scipy.special import logsumexp
 import oracles
 from killing import kill_a_run
 from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
+from scoreprior.denoise import AbstractDenoiser
 from scoreprior.flow import FixedGrid, Flow
 from scoreprior.guide import NRLG, TMPD, DiffPIR, PiGDM
 from scoreprior.infer import infer
@@ -313,18 +314,17 @@ def test_bad_settings_and_models_fail_before_any_work():
 
 @pytest.mark.promotes_ranks
 def test_a_weight_that_is_not_a_number_stops_the_run():
-    # The covariance of the data is negative for this denoiser, whose Jacobian is minus one.
-    from scoreprior.denoise import AbstractDenoiser
-
-    class Mirror(AbstractDenoiser):
+    class Broken(AbstractDenoiser):
         def __call__(self, x, sigma, context=None):
-            return -x
+            return jnp.where(sigma < 1, jnp.nan, 0.5) * x
 
-    flow = Flow(Mirror(), GAUSSIAN.moments(), sigma_min=SIGMA_MIN)
+    flow = Flow(Broken(), GAUSSIAN.moments(), sigma_min=SIGMA_MIN)
 
     def model(y):
         x = numpyro.sample("x", ScorePrior(flow))
         numpyro.sample("y", dist.Normal(A_G @ x, 0.01).to_event(1), obs=y)
 
-    with pytest.raises(FloatingPointError, match="weights are not a number.*PiGDM"):
+    with pytest.raises(
+        FloatingPointError, match="100 of 100 weights are not a number.*another guidance"
+    ):
         ENGINE.run(Problem.from_model(model, Y_G), KEY, progress=False)

@@ -22,8 +22,8 @@ class TMPD(AbstractGaussianGuidance):
     a Gaussian prior. Costs one vector-Jacobian product per datum, and the memory of a matrix of
     data by data: `MMPS` is the same without the matrix. A nonlinear `f` is linearised at `D`.
 
-    `J` is symmetric and positive for a denoiser that is one; of a network only the symmetric part
-    of `A J A'` is used. Where that is so negative that `S` is not a covariance, the result is NaN.
+    `A J A'` is symmetric and positive for a denoiser that is one. For a network the nearest matrix
+    that is so takes its place: the symmetric part, with negative eigenvalues counted as zero.
     """
 
     def predict(
@@ -31,7 +31,9 @@ class TMPD(AbstractGaussianGuidance):
     ) -> tuple[Event, Predicted]:
         x_hat, mean, A, AJ = linearise(denoise, observation, x)
         spread = AJ @ A.T
-        covariance = observation.noise.covariance() + sigma**2 * (spread + spread.T) / 2
+        values, vectors = jnp.linalg.eigh((spread + spread.T) / 2)
+        spread = (vectors * jnp.maximum(values, 0)[None]) @ vectors.T
+        covariance = observation.noise.covariance() + sigma**2 * spread
         return x_hat, Predicted(mean, A, AJ, covariance)
 
 

@@ -96,7 +96,16 @@ def observe(problem: Any, values: dict[str, Array], site: str, prior: str) -> Ob
     zero = jnp.zeros(data.shape, data.dtype)
     noise = covariance(zero)
     data = jnp.where(mask, data, 0.0)
-    raw = Observation(problem, site, prior, values, data, zero, noise, mask)
+    raw = Observation(
+        data=data,
+        noise=noise,
+        problem=problem,
+        site=site,
+        prior=prior,
+        values=values,
+        y=zero,
+        mask=mask,
+    )
     x = raw.point
     offset = raw.mean(x) - raw.A(x)
     return eqx.tree_at(lambda o: o.y, raw, data - offset)

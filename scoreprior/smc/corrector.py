@@ -172,9 +172,9 @@ def _check_weights(clouds: FKState, done: int, guidance: AbstractGaussianGuidanc
     bad = np.isnan(np.asarray(clouds.log_weights))
     if bad.any():
         raise FloatingPointError(
-            f"{bad.sum()} of {bad.size} weights are not a number after step {done}: the covariance "
-            f"of the data is not positive under {type(guidance).__name__}, or the denoiser gave "
-            "NaN; take PiGDM(prior_variance), which needs no derivative for it, or double precision"
+            f"{bad.sum()} of {bad.size} weights are not a number after step {done}: the denoiser "
+            f"gave NaN, or {type(guidance).__name__} a matrix that is no covariance; try the "
+            "denoiser at the levels of the prior, another guidance, or double precision"
         )
 
 

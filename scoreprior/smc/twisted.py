@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from scoreprior._typing import Event, Key, Scalar
-from scoreprior.denoise.base import AbstractDenoiser, Noised
+from scoreprior.denoise.base import Noised
 from scoreprior.flow import Flow
 from scoreprior.guide.base import AbstractGaussianGuidance, Predicted, log_normal, operator
 from scoreprior.guide.linear import Linear, first_event
@@ -100,7 +100,7 @@ class Twisted(eqx.Module):
         return jax.lax.cond(k + 1 < self.levels.r.size, middle, last, (keys, x, known))
 
     def _know(self, x: Event, r: Scalar) -> Known:
-        denoiser: AbstractDenoiser = Noised(self.flow.denoiser, self.flow.sigma_min)
+        denoiser = Noised(self.flow.denoiser, jnp.asarray(self.flow.sigma_min))
         x_hat, predicted = self.guidance.predict(lambda x: denoiser(x, r), self.observation, x, r)
         twist = log_normal(self._y, predicted.mean, predicted.covariance)
         return Known(x_hat, predicted, twist)

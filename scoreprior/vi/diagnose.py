@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from scoreprior._psis import smooth
+
 MAX_K_HAT = 0.7
 
 
