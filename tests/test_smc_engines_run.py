@@ -9,6 +9,7 @@ import numpyro
 import pytest
 
 import scoreprior._run as run_module
+from killing import kill_a_run
 from scoreprior.problem import Problem
 from scoreprior.smc import NestedSampling, PersistentSMC, RandomWalkMoves, TemperedSMC
 from test_smc_run import KEY, LINE, Interrupting, Y, assert_same, line, messages
@@ -19,6 +20,7 @@ ENGINES = {
     "persistent": PersistentSMC(40, 3, 50, kernel=RandomWalkMoves()),
     "nested": NestedSampling(30, 3, 50, num_inner_steps=3, chunk_size=4),
 }
+KILLED = {"persistent": 2, "nested": 8}  # steps stored
 PARTIAL = {
     "persistent": "interrupted at temperature .* of 1: .* not from the posterior",
     "nested": "interrupted with .* of the evidence in live points: .* wider than the posterior",
@@ -26,15 +28,16 @@ PARTIAL = {
 EXTRA = {"persistent": {"temperature_of_draw", "ancestor"}, "nested": set()}
 
 
+def draw(name, key=KEY, checkpoint=None, of=None):
+    of = of or Problem.from_model(line, Y)
+    return ENGINES[name].run(of, key, progress=False, checkpoint=checkpoint)
+
+
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_run_survives_ctrl_c(name, monkeypatch, tmp_path):
-    """One compiled problem: the run whole, interrupted, resumed, and of another key."""
-    engine, of = ENGINES[name], Problem.from_model(line, Y)
-
-    def draw(engine=engine, key=KEY, path=None):
-        return engine.run(of, key, progress=False, checkpoint=path)
-
-    reference = draw()
+def test_a_run_survives_ctrl_c_and_death(name, monkeypatch, tmp_path, stored_steps):
+    """One compiled problem: the run whole, interrupted, killed, resumed, and of another key."""
+    of = Problem.from_model(line, Y)
+    reference = draw(name, of=of)
     record = {key: values for key, (_, values) in reference.extra.items()}
     lp = jax.vmap(jax.vmap(of.log_density))(reference.positions)
     np.testing.assert_allclose(lp, reference.stats["lp"], rtol=1e-9)
@@ -48,10 +51,10 @@ def test_a_run_survives_ctrl_c(name, monkeypatch, tmp_path):
     lag = np.corrcoef(order[:, 1:].ravel(), order[:, :-1].ravel())[0, 1]
     assert abs(lag) < 5 / np.sqrt(147)
 
-    monkeypatch.setattr(run_module, "tqdm", Interrupting)
-    with pytest.warns(UserWarning, match=PARTIAL[name]):
-        partial = draw(path=tmp_path / "run")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "tqdm", Interrupting)
+        with pytest.warns(UserWarning, match=PARTIAL[name]):
+            partial = draw(name, checkpoint=tmp_path / "run", of=of)
     assert partial.interrupted
     assert np.isnan(partial.extra["log_evidence"][1])
     assert partial.positions["x"].shape == (3, 50, 2)
@@ -59,11 +62,16 @@ def test_a_run_survives_ctrl_c(name, monkeypatch, tmp_path):
         partial.extra["step_size" if name == "persistent" else "stuck"][1].shape[1]
         < (record["step_size" if name == "persistent" else "stuck"].shape[1])
     )
-    assert_same(draw(path=tmp_path / "run"), reference)
+    assert_same(draw(name, checkpoint=tmp_path / "run", of=of), reference)
     # A finished run returns its draws without another step.
-    assert_same(draw(path=tmp_path / "run"), reference)
+    assert_same(draw(name, checkpoint=tmp_path / "run", of=of), reference)
     with pytest.raises(ValueError, match="differs in key"):
-        draw(key=jax.random.key(9), path=tmp_path / "run")
+        draw(name, key=jax.random.key(9), checkpoint=tmp_path / "run", of=of)
+
+    kill_a_run("test_smc_engines_run", KILLED[name], tmp_path / "killed", name)
+    stored_steps.clear()
+    assert_same(draw(name, checkpoint=tmp_path / "killed", of=of), reference)
+    assert stored_steps[0] > KILLED[name]
 
 
 def test_collapse_and_flat_likelihoods_are_reported():
@@ -75,6 +83,19 @@ def test_collapse_and_flat_likelihoods_are_reported():
     found = messages(engine, Problem.from_model(model))
     assert any(re.match("collapsed cloud: .* raise num_live above 3", m) for m in found)
     assert any("of the slice moves found no point within the contour" in m for m in found)
+
+
+def test_groups_that_disagree_are_reported():
+    """A broad mode and a narrow one of e^9 times its mass, which some groups never meet."""
+
+    def model():
+        x = numpyro.sample("x", LINE)
+        narrow = 14.0 - 200 * jnp.sum((x - 1.0) ** 2)
+        numpyro.factor("modes", jnp.logaddexp(-2 * jnp.sum(x**2), narrow))
+
+    found = messages(NestedSampling(25, 8, 20, num_inner_steps=4), Problem.from_model(model))
+    disagree = "groups disagree on the log evidence, from .* raise num_inner_steps"
+    assert any(re.match(disagree, m) for m in found)
 
 
 def test_too_few_steps_are_reported():

@@ -197,7 +197,7 @@ class Bracket(NamedTuple):
     lower: Scalar
     upper: Scalar
     chain: EllipSliceState  # the last point
-    count: Int[Array, ""]
+    num_evaluations: Int[Array, ""]
     diverging: Bool[Array, ""]
 
 
@@ -209,13 +209,16 @@ def _elliptical_slice(
     blackjax's kernel would accept NaN, and has no way to report it.
     """
     key_level, key_noise, key_cut, key_angle = jax.random.split(key, 4)
-    level = chain.logdensity + jnp.log(jax.random.uniform(key_level, dtype=chain.logdensity.dtype))
+    # Of 1 - u, so that the level is finite; a value equal to it is inside, so that rounding cannot
+    # leave a chain at its mode without a point to go to.
+    u = jax.random.uniform(key_level, dtype=chain.logdensity.dtype)
+    level = chain.logdensity + jnp.log1p(-u)
     flat, unravel = ravel_pytree(chain.position)
     noise = jax.random.normal(key_noise, flat.shape, flat.dtype)
 
     def shrink(bracket: Bracket) -> Bracket:
-        lower, upper, _, count, diverging = bracket
-        own = jax.random.fold_in(key_angle, count)
+        lower, upper, _, num_evaluations, diverging = bracket
+        own = jax.random.fold_in(key_angle, num_evaluations)
         angle = jax.random.uniform(own, (), flat.dtype, lower, upper)
         position = unravel(jnp.cos(angle) * flat + jnp.sin(angle) * noise)
         value = log_factor(position)
@@ -223,7 +226,7 @@ def _elliptical_slice(
             jnp.where(angle < 0, angle, lower),
             jnp.where(angle < 0, upper, angle),
             EllipSliceState(position, value),
-            count + 1,
+            num_evaluations + 1,
             diverging | jnp.isnan(value),
         )
 
@@ -231,8 +234,8 @@ def _elliptical_slice(
     cut = jax.random.uniform(key_cut, (), flat.dtype, 0, 2 * jnp.pi)
     at_cut = Bracket(cut, cut, chain, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
     first = shrink(at_cut)._replace(lower=cut - 2 * jnp.pi)
-    last = jax.lax.while_loop(lambda at: ~(at.chain.logdensity > level), shrink, first)
-    return last.chain, last.count, last.diverging
+    last = jax.lax.while_loop(lambda at: ~(at.chain.logdensity >= level), shrink, first)
+    return last.chain, last.num_evaluations, last.diverging
 
 
 class _Identity:
