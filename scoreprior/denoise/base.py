@@ -12,6 +12,8 @@ from which follow, by Tweedie's formula (Efron 2011),
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -101,10 +103,10 @@ class Noised(AbstractDenoiser):
 
     with `sigma^2 = r^2 + level^2`: the score of noisy data at noise level `r` is that of clean data
     at `sigma`. At `r = 0` it is `x` itself. The `x` of a model with a `ScorePrior` is such noisy
-    data, with `level = sigma_min`.
+    data, with `level = sigma_min`. Any callable `denoiser(x, sigma)` will do.
     """
 
-    denoiser: AbstractDenoiser
+    denoiser: Callable[..., Any]
     level: Scalar = eqx.field(converter=jnp.asarray)
 
     def __check_init__(self):
@@ -112,9 +114,10 @@ class Noised(AbstractDenoiser):
 
     @property
     def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        low, high = self.denoiser.level_range
+        low, high = getattr(self.denoiser, "level_range", (0.0, math.inf))
         return jnp.sqrt(jnp.maximum(low**2 - self.level**2, 0)), jnp.sqrt(high**2 - self.level**2)
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         above = jnp.sqrt(sigma**2 + self.level**2)
-        return x + (sigma / above) ** 2 * (self.denoiser(x, above, context) - x)
+        given = () if context is None else (context,)
+        return x + (sigma / above) ** 2 * (self.denoiser(x, above, *given) - x)

@@ -23,14 +23,14 @@ class NUTS(AbstractAdaptiveChains):
 
     **Arguments:** `num_warmup`, `num_samples`: steps per chain; `num_chains`. `centred`: sample `x`
     with the prior's density policy, rather than its noise. `target_accept`: mean acceptance rate,
-    between 0 and 1; draws have it, where at Stan's settings of the warm-up, asked for 0.8, they
-    have some 0.88. `max_tree_depth`: at most `2^depth - 1` gradients per draw. `dense_mass`: learn
+    between 0 and 1, which draws then have; Stan's warm-up, asked for its default of 0.8, gives some
+    0.88. `max_tree_depth`: at most `2^depth - 1` gradients per draw. `dense_mass`: learn
     a full mass matrix. `step_size`: the first one; without a warm-up the only one, beside a unit
     mass matrix. `chunk_size`: steps between two updates of the progress bar and of the checkpoint;
     it does not change the draws. `init`: where chains start, at prior draws by default.
     """
 
-    target_accept: float = eqx.field(static=True, default=0.8, kw_only=True)
+    target_accept: float = eqx.field(static=True, default=0.9, kw_only=True)
     max_tree_depth: int = eqx.field(static=True, default=10, kw_only=True)
     chunk_size: int = eqx.field(static=True, default=25, kw_only=True)
 
