@@ -13,7 +13,7 @@ from scoreprior.guide import AbstractGuidance
 from scoreprior.guide.linear import first_event
 from scoreprior.mcmc.independent import AbstractIndependent
 from scoreprior.problem import Problem
-from scoreprior.problem.observed import Observed, check_event, only_observation
+from scoreprior.problem.observed import ObservedEvent, observed_event
 from scoreprior.sample import AbstractSampler, HalfNoise, LogGrid, Stage, solve
 
 LAST_LEVEL = 0.1
@@ -49,15 +49,13 @@ class Guided(AbstractIndependent):
         if not isinstance(self.sampler, AbstractSampler):
             raise TypeError(f"sampler must be a sampler such as HalfNoise(), got {self.sampler!r}")
 
-    def prepare(self, problem: Problem) -> Observed:
-        observed = only_observation(problem, type(self).__name__)
-        check_event(observed)
-        return observed
+    def prepare(self, problem: Problem) -> ObservedEvent:
+        return observed_event(problem, type(self).__name__)
 
-    def data(self, prepared: Observed) -> Any:
+    def data(self, prepared: ObservedEvent) -> Any:
         return prepared.observation.data, prepared.observation.noise
 
-    def draw(self, prepared: Observed, key: Key) -> Event:
+    def draw(self, prepared: ObservedEvent, key: Key) -> Event:
         flow = prepared.prior.flow
         key_start, key_steps = jax.random.split(key)
         low, high = LAST_LEVEL * flow.sigma_min, (flow.sigma_max**2 - flow.sigma_min**2) ** 0.5
@@ -73,7 +71,7 @@ class Guided(AbstractIndependent):
     def remedy(self) -> str:
         return f"raise num_steps above {self.num_steps}, or take another guidance or sampler"
 
-    def extra(self, prepared: Observed) -> dict[str, Any]:
+    def extra(self, prepared: ObservedEvent) -> dict[str, Any]:
         """`num_evaluations`: calls of the denoiser per draw, those for its derivatives apart."""
         calls = 0
 
@@ -82,7 +80,7 @@ class Guided(AbstractIndependent):
             calls += 1
             return x
 
-        x = prepared.observation.point
+        x = prepared.prior.flow.moments.mean
 
         def step(x: Event) -> Any:
             noise = jnp.zeros((self.sampler.num_noises, *x.shape), x.dtype)

@@ -4,7 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
 
+from scoreprior._typing import Event
+from scoreprior.gaussian import Moments
+from scoreprior.observation import AbstractObservation
 from scoreprior.prior import ScorePrior
 from scoreprior.problem.linearise import Observation
 from scoreprior.problem.sites import peel
@@ -23,6 +28,39 @@ class Observed(NamedTuple):
     shape: tuple[int, ...]
     prior: ScorePrior
     observation: Observation
+
+
+class ObservedEvent(NamedTuple):
+    """Prior site `site` of a `problem`, one event, and what is seen of it, masked entries apart."""
+
+    problem: Any
+    site: str
+    prior: ScorePrior
+    observation: AbstractObservation
+
+
+class Unmasked(AbstractObservation):
+    """The entries `index` [m] of flattened data: those that are not masked."""
+
+    observation: Observation
+    index: Int[Array, " m"]
+    data: Float[Array, " m"]
+    noise: Moments
+
+    def mean(self, x: Event) -> Float[Array, " m"]:
+        return self.observation.mean(x).ravel()[self.index]
+
+
+def _unmasked(observation: Observation) -> AbstractObservation:
+    """`observation` without masked entries, whose densities would count in the evidence."""
+    mask = np.asarray(observation.mask).ravel()
+    if mask.all():
+        return observation
+    index = jnp.asarray(np.flatnonzero(mask))
+    data = observation.data.ravel()[index]
+    covariance = observation.cov_y()[index][:, index]
+    noise = Moments.dense(jnp.zeros_like(data), covariance)
+    return Unmasked(data=data, noise=noise, observation=observation, index=index)
 
 
 def only_observation(problem: Any, engine: str) -> Observed:
@@ -57,14 +95,15 @@ def only_observation(problem: Any, engine: str) -> Observed:
     return Observed(problem, name, here.point.shape, prior, here)
 
 
-def check_event(observed: Observed) -> None:
-    """Raise `ValueError` unless the prior site is one event, under no plate."""
-    event = observed.prior.event_shape
-    if observed.shape != event:
+def observed_event(problem: Any, engine: str) -> ObservedEvent:
+    """As `only_observation`, where the prior site is one event; raises under a plate."""
+    problem, site, shape, prior, observation = only_observation(problem, engine)
+    if shape != prior.event_shape:
         raise ValueError(
-            f"prior site {observed.site!r} must be one event of shape {event}, got shape "
-            f"{observed.shape}: NUTS and TemperedSMC take events under plates"
+            f"prior site {site!r} must be one event of shape {prior.event_shape}, got shape "
+            f"{shape}: NUTS and TemperedSMC take events under plates"
         )
+    return ObservedEvent(problem, site, prior, _unmasked(observation))
 
 
 def _same_noise(a: Observation, b: Observation) -> Any:
@@ -73,4 +112,4 @@ def _same_noise(a: Observation, b: Observation) -> Any:
     return jnp.max(jnp.abs(first - second)) <= tolerance
 
 
-__all__ = ["ADVICE", "Observed", "check_event", "only_observation"]
+__all__ = ["ADVICE", "Observed", "ObservedEvent", "observed_event", "only_observation"]

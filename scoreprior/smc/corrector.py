@@ -17,7 +17,7 @@ from scoreprior._util import check_count
 from scoreprior.guide import TMPD
 from scoreprior.guide.base import AbstractGaussianGuidance
 from scoreprior.problem import Problem
-from scoreprior.problem.observed import Observed, check_event, only_observation
+from scoreprior.problem.observed import ObservedEvent, observed_event
 from scoreprior.sample import LogGrid
 from scoreprior.smc.feynman_kac import FKState, Resampling, init, step
 from scoreprior.smc.report import FEW_ANCESTORS, draw_rows, history, pool_evidence, warn_groups
@@ -93,8 +93,7 @@ class FeynmanKac(eqx.Module):
         observed with Gaussian noise that is known, and no other latent or observed site; and
         `FloatingPointError` where a weight is not a number.
         """
-        observed = only_observation(problem, type(self).__name__)
-        check_event(observed)
+        observed = observed_event(problem, type(self).__name__)
         key_start, key_steps, key_end = jax.random.split(key, 3)
         twisted = self._twisted(observed)
         store = None
@@ -130,13 +129,13 @@ class FeynmanKac(eqx.Module):
         self._warn(draws)
         return draws
 
-    def _twisted(self, observed: Observed) -> Twisted:
+    def _twisted(self, observed: ObservedEvent) -> Twisted:
         flow = observed.prior.flow
         sigmas = LogGrid(float(flow.sigma_min), float(flow.sigma_max))(self.num_steps)
         levels = Levels.make(flow, sigmas.astype(flow.moments.mean.dtype))
         return Twisted(flow, observed.observation, self.guidance, levels, self.batch_size)
 
-    def _settings(self, observed: Observed, key: Key) -> dict[str, Any]:
+    def _settings(self, observed: ObservedEvent, key: Key) -> dict[str, Any]:
         free = ("chunk_size", "batch_size", "guidance")
         engine = {name: value for name, value in vars(self).items() if name not in free}
         return {
