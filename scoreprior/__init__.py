@@ -8,7 +8,7 @@ Six nouns, one verb each:
 - a **flow** maps noise to data and back (`Flow`);
 - a **prior** is a NumPyro distribution that samples and has a `log_prob` (`ScorePrior`);
 - a **problem** is what a NumPyro model with such a prior asks (`Problem`);
-- an **engine** runs and answers it (`NUTS`, `TemperedSMC`, `NestedSampling`, through `infer`).
+- an **engine** runs and answers it (`NUTS`, `TemperedSMC`, `FeynmanKac`, through `infer`).
 """
 
 from importlib.metadata import PackageNotFoundError, version
