@@ -4,9 +4,9 @@ The prior is the law of the chain
 
     x_{k+1} = x_k + h_k s(x_k, r_k) + sqrt(V_k) n,      h_k = r_k^2 - r_{k+1}^2,
 
-down levels `r_0 > ... > r_K = 0` of noise on top of `x`, from the Gaussian with the moments of noisy
-data, with `V_k = (h_k + h_{k+1}) / 2`: half of the noise before a score and half after it
-(`sample.HalfNoise`). A method of `guide` gives
+down levels `r_0 > ... > r_K = 0` of noise on top of `x`. It starts from the Gaussian with the
+moments of noisy data, and `V_k = (h_k + h_{k+1}) / 2` is half of the noise before a score and half
+after it (`sample.HalfNoise`). A method of `guide` gives
 
     p(y | x_k) ~ exp(tau_k(x_k)) = N(y; mean(x_k), S(x_k)),
 
