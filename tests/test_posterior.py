@@ -80,7 +80,7 @@ def test_an_unknown_noise_level_shared_by_a_plate_of_images():
             x = numpyro.sample("x", prior)
             numpyro.sample("y", dist.Normal(x, scale).to_event(1), obs=y)
 
-    engine = NUTS(200, 650, 64, target_accept=0.9, chunk_size=425)
+    engine = NUTS(200, 650, 64, target_accept=0.95, chunk_size=425)
     posterior = infer(model, engine, y, key=jax.random.key(2), progress=False)["posterior"]
     assert posterior["x"].dims == ("chain", "draw", "image", "x_dim_0")
     exact = oracles.UnknownScale(prior, y, location, width)
