@@ -142,7 +142,7 @@ def _engine(arguments: argparse.Namespace) -> NUTS:
         arguments.num_warmup,
         arguments.num_samples,
         arguments.num_chains,
-        target_accept=0.7,
+        target_accept=0.8,
         max_tree_depth=5,
     )
 
