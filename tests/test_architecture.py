@@ -18,15 +18,15 @@ MAX_LINES = 399
 LADDER = (
     {"_typing", "_util", "gaussian", "operators"},
     {"denoise", "nn", "observation", "solver"},
-    {"density", "flow", "sample", "train"},
-    {"io", "prior"},
+    {"density", "feynman_kac", "flow", "sample", "train"},
+    {"composition", "io", "prior"},
     {"_psis", "_run", "guide", "problem"},
     {"mcmc", "smc", "vi"},
     {"check", "compare", "infer", "plot", "sbi"},
     {"cli"},
 )
 RUNG = {name: rung for rung, names in enumerate(LADDER) for name in names}
-NEIGHBOURS = {("density", "flow"), ("io", "prior"), ("_util", "_typing")} | {
+NEIGHBOURS = {("composition", "prior"), ("density", "flow"), ("io", "prior"), ("_util", "_typing")} | {
     (name, helper) for name in ("gaussian", "operators") for helper in ("_typing", "_util")
 }
 
@@ -35,11 +35,11 @@ NEIGHBOURS = {("density", "flow"), ("io", "prior"), ("_util", "_typing")} | {
 EVERYWHERE = {"equinox", "jax", "jaxtyping", "numpy"}
 DOORS = {
     "arviz": {"compare", "infer", "sbi", "check", "plot", "cli"},
-    "blackjax": {"_psis", "mcmc", "smc", "vi"},
+    "blackjax": {"_psis", "feynman_kac", "mcmc", "smc", "vi"},
     "dask": {"sbi"},
     "diffrax": {"solver"},
     "matplotlib": {"plot"},
-    "numpyro": {"prior", "problem", "vi", "infer", "sbi", "check", "cli"},
+    "numpyro": {"composition", "prior", "problem", "vi", "infer", "sbi", "check", "cli"},
     "optax": {"mcmc", "train", "vi"},
     "pandas": {"compare"},
     "safetensors": {"io", "train", "mcmc", "infer"},

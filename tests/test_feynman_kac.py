@@ -19,7 +19,7 @@ from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
 from scoreprior.sample import Euler, HalfNoise, Heun
 from scoreprior.smc import FeynmanKac, FeynmanKacModel, Resampling
-from scoreprior.smc import feynman_kac as fk
+from scoreprior import feynman_kac as fk
 from stats import assert_cov, assert_mean
 from two_priors import check_evidence, check_law
 

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 from scoreprior._typing import Context, Event, Scalar, Sigma
 from scoreprior._util import check_finite
 from scoreprior.denoise.base import AbstractDenoiser
-from scoreprior.guide.base import as_tree, log_normal
+from scoreprior.guide.base import Denoise, as_tree, log_normal
 
 
 class AbstractCondition(eqx.Module):
@@ -59,6 +60,28 @@ class Exceeds(AbstractCondition):
         return jax.scipy.stats.norm.logcdf(above)
 
 
+class EventMoments(NamedTuple):
+    """The law of `c(x)` given `x_t`, as `EventGuidance` has it."""
+
+    x_hat: Event  # D(x_t), [*event]
+    mean: Float[Array, " m"]
+    covariance: Float[Array, "m m"]
+    pull: Callable[[Float[Array, " m"]], Event]  # the product with J' A'
+
+    @classmethod
+    def make(
+        cls, condition: AbstractCondition, denoise: Denoise, x: Event, sigma: Sigma
+    ) -> "EventMoments":
+        x_hat, pull = jax.vjp(denoise, x)
+        mean, pull_condition = jax.vjp(lambda x: condition.function(x).ravel(), x_hat)
+        rows = jax.vmap(lambda w: pull_condition(w)[0])(jnp.eye(mean.size, dtype=mean.dtype))
+        spread = jnp.tensordot(
+            jax.vmap(lambda row: pull(row)[0].ravel())(rows), rows.reshape(mean.size, -1).T, 1
+        )
+        covariance = sigma**2 * (spread + spread.T) / 2
+        return cls(x_hat, mean, covariance, lambda w: pull(pull_condition(w)[0])[0])
+
+
 class EventGuidance(AbstractDenoiser):
     """The denoiser of data that meet a condition, by the moments of `c(x)` (Finzi et al. 2023).
 
@@ -83,23 +106,20 @@ class EventGuidance(AbstractDenoiser):
         return self.denoiser.level_range
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
-        x_hat, mean, covariance, pull = self._moments(x, sigma, context)
-        return x_hat + sigma**2 * pull(jax.grad(self.condition.log_prob)(mean, covariance))
+        moments = self._moments(x, sigma, context)
+        slope = jax.grad(self.condition.log_prob)(moments.mean, moments.covariance)
+        return moments.x_hat + sigma**2 * moments.pull(slope)
 
     def log_prob(self, x: Event, sigma: Sigma, context: Context = None) -> Scalar:
         """The log probability, or density, of the condition given `x_t = x`."""
-        _, mean, covariance, _ = self._moments(x, sigma, context)
-        return self.condition.log_prob(mean, covariance)
+        moments = self._moments(x, sigma, context)
+        return self.condition.log_prob(moments.mean, moments.covariance)
 
-    def _moments(
-        self, x: Event, sigma: Sigma, context: Context
-    ) -> tuple[Event, Array, Array, Callable[[Array], Event]]:
-        """`D`, the mean and covariance of `c`, and the product with `J' A'`."""
-        x_hat, pull = jax.vjp(lambda x: self.denoiser(x, sigma, context), x)
-        mean, pull_condition = jax.vjp(lambda x: self.condition.function(x).ravel(), x_hat)
-        rows = jax.vmap(lambda w: pull_condition(w)[0])(jnp.eye(mean.size, dtype=mean.dtype))
-        spread = jnp.tensordot(
-            jax.vmap(lambda row: pull(row)[0].ravel())(rows), rows.reshape(mean.size, -1).T, 1
-        )
-        covariance = sigma**2 * (spread + spread.T) / 2
-        return x_hat, mean, covariance, lambda w: pull(pull_condition(w)[0])[0]
+    def _moments(self, x: Event, sigma: Sigma, context: Context) -> EventMoments:
+        def denoise(x: Event) -> Event:
+            return self.denoiser(x, sigma, context)
+
+        return EventMoments.make(self.condition, denoise, x, sigma)
+
+
+__all__ = ["AbstractCondition", "Equals", "EventGuidance", "EventMoments", "Exceeds"]

@@ -14,6 +14,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro.distributions import biject_to
@@ -24,6 +25,7 @@ from numpyro.primitives import Messenger
 
 from scoreprior._typing import Key, Scalar, Sigma
 from scoreprior._util import check_positive
+from scoreprior.composition import Composition
 from scoreprior.problem.linearise import Observation, observe
 from scoreprior.problem.score import ByScore
 from scoreprior.problem.sites import Site, Sites, find_sites, peel
@@ -86,6 +88,11 @@ class Problem:
         centred = replace(self, is_centred=True)
         if not with_value:
             return centred
+        if self.sites.compositions:
+            raise ValueError(
+                f"prior site {self.sites.compositions[0]!r} is a Composition, from which no exact "
+                "draws can start: use the non-centred form, centred=False"
+            )
         jax.eval_shape(lambda: centred.log_prior(centred.initial(jax.random.key(0))))
         return centred
 
@@ -134,7 +141,10 @@ class Problem:
         return jax.grad(log_density)(dict(position))
 
     def initial(self, key: Key) -> dict[str, Array]:
-        """The position of a draw from the prior."""
+        """The position of a draw from the prior; of a composition, from its `reference`."""
+        if self.is_centred and self.sites.compositions:
+            free = replace(self, is_centred=False)
+            return self.unconstrain(free.constrain(free.initial(key)))
         sites = trace(seed(self._model(), key)).get_trace(*self.args, **self.kwargs)
         drawn = {name: sites[self._noise_name(name)] for name in self.latent_names}
         return {
@@ -236,7 +246,9 @@ class Problem:
         if self._noise_name(site["name"]) == site["name"]:
             return biject_to(site["fn"].support).inv(jnp.asarray(site["value"]))
         value = jnp.asarray(site["value"])
-        for transform in reversed(peel(site["fn"])[0].transforms):
+        base, _ = peel(site["fn"])
+        base = base.reference if isinstance(base, Composition) else base
+        for transform in reversed(base.transforms):
             value = transform.inv(value)
         return value
 
@@ -251,16 +263,16 @@ def _flatten(problem: Problem) -> tuple[tuple[Any, ...], Any]:
     sites = problem.sites
     kinds = tuple(tuple(kind.values()) for kind in sites[:4])
     inputs = (problem.args, problem.kwargs, sites.data, sites.params)
-    return inputs, (problem.family, problem.is_centred, kinds)
+    return inputs, (problem.family, problem.is_centred, kinds, sites.compositions)
 
 
 def _unflatten(static: Any, inputs: tuple[Any, ...]) -> Problem:
     if isinstance(static, Problem):
         return static
-    family, is_centred, kinds = static
+    family, is_centred, kinds, compositions = static
     args, kwargs, data, params = inputs
     priors, latents, observed, computed = ({site.name: site for site in kind} for kind in kinds)
-    sites = Sites(priors, latents, observed, computed, data, params)
+    sites = Sites(priors, latents, observed, computed, data, params, compositions)
     return Problem(family.model, args, kwargs, sites, is_centred, family)
 
 
@@ -268,13 +280,20 @@ jax.tree_util.register_pytree_node(Problem, _flatten, _unflatten)
 
 
 class _FromNoise(TransformReparam):
-    """`TransformReparam` that also looks under a mask of `True`."""
+    """`TransformReparam` that also looks under a mask of `True`, and at compositions."""
 
     def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> Any:
         base, _ = peel(fn)
+        composition = base if isinstance(base, Composition) else None
+        base = base if composition is None else composition.reference
         batch_shape = fn.shape()[: len(fn.shape()) - base.event_dim]
         plain = base.expand(batch_shape).to_event(fn.event_dim - base.event_dim)
-        return super().__call__(name, plain, obs)
+        kept, value = super().__call__(name, plain, obs)
+        if composition is not None:
+            ratio = composition.log_ratio(value)
+            ratio = ratio.sum(tuple(range(-(fn.event_dim - base.event_dim), 0)))
+            numpyro.factor(f"{name}_composition", ratio)
+        return kept, value
 
 
 class _Silence(Messenger):

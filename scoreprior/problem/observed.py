@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from scoreprior._typing import Event
+from scoreprior.composition import Composition
 from scoreprior.gaussian import Moments
 from scoreprior.observation import AbstractObservation
 from scoreprior.prior import ScorePrior
@@ -63,12 +64,39 @@ def _unmasked(observation: Observation) -> AbstractObservation:
     return Unmasked(data=data, noise=noise, observation=observation, index=index)
 
 
-def only_observation(problem: Any, engine: str) -> Observed:
+class PriorEvent(NamedTuple):
+    """Prior site `site` of a `problem` in the centred form, one event, and its law."""
+
+    problem: Any
+    site: str
+    prior: ScorePrior | Composition
+
+
+def only_prior(problem: Any, engine: str) -> PriorEvent:
+    """The one prior site of `problem`, of one event, whatever is observed.
+
+    Raises `ValueError`, naming `engine` and site, for a model with others, with other latent sites,
+    with a prior under a plate or behind further transforms.
+    """
+    sites = problem.sites
+    if len(sites.priors) != 1 or sites.latents:
+        raise ValueError(
+            f"{engine} needs one prior site and no other latent site, got prior sites "
+            f"{list(sites.priors)} and other latent sites {list(sites.latents)}: {ADVICE}"
+        )
+    (name,) = sites.priors
+    problem = problem.centred(with_value=False)
+    prior = _law(problem, name, problem.initial(jax.random.key(0)), engine, True)
+    _check_event(name, sites.priors[name].shape, prior)
+    return PriorEvent(problem, name, prior)
+
+
+def only_observation(problem: Any, engine: str, *, composed: bool = False) -> Observed:
     """The one prior site of `problem` and the one observed site.
 
     Raises `ValueError`, naming `engine` and site, for a model with others or with other latent
-    sites, for a prior behind further transforms, for data that are not Gaussian, and for noise that
-    depends on the event.
+    sites, for a prior behind further transforms or, unless `composed`, one that is a composition,
+    for data that are not Gaussian, and for noise that depends on the event.
     """
     sites = problem.sites
     if len(sites.priors) != 1 or len(sites.observed) != 1 or sites.latents:
@@ -80,12 +108,7 @@ def only_observation(problem: Any, engine: str) -> Observed:
     (name,), (observed,) = sites.priors, sites.observed
     problem = problem.centred(with_value=False)
     points = [problem.initial(jax.random.key(seed)) for seed in range(2)]
-    prior, _ = peel(problem.trace(points[0])[name]["fn"])
-    if not isinstance(prior, ScorePrior):
-        raise ValueError(
-            f"{engine} needs a ScorePrior at prior site {name!r}, got one behind further "
-            f"transforms ({type(prior).__name__}): put them into the mean of the data; {ADVICE}"
-        )
+    prior = _law(problem, name, points[0], engine, composed)
     here, there = (problem.linearise(point) for point in points)
     if not _same_noise(here, there):
         raise ValueError(
@@ -95,15 +118,34 @@ def only_observation(problem: Any, engine: str) -> Observed:
     return Observed(problem, name, here.point.shape, prior, here)
 
 
-def observed_event(problem: Any, engine: str) -> ObservedEvent:
+def observed_event(problem: Any, engine: str, *, composed: bool = False) -> ObservedEvent:
     """As `only_observation`, where the prior site is one event; raises under a plate."""
-    problem, site, shape, prior, observation = only_observation(problem, engine)
+    found = only_observation(problem, engine, composed=composed)
+    _check_event(found.site, found.shape, found.prior)
+    return ObservedEvent(found.problem, found.site, found.prior, _unmasked(found.observation))
+
+
+def _law(problem: Any, name: str, point: Any, engine: str, composed: bool) -> Any:
+    prior, _ = peel(problem.trace(point)[name]["fn"])
+    if isinstance(prior, ScorePrior) or (composed and isinstance(prior, Composition)):
+        return prior
+    if isinstance(prior, Composition):
+        raise ValueError(
+            f"{engine} needs a ScorePrior at prior site {name!r}, got a Composition, whose scores "
+            f"at high noise are not known: take FeynmanKac, or an engine that is not centred"
+        )
+    raise ValueError(
+        f"{engine} needs a ScorePrior at prior site {name!r}, got one behind further "
+        f"transforms ({type(prior).__name__}): put them into the mean of the data; {ADVICE}"
+    )
+
+
+def _check_event(name: str, shape: tuple[int, ...], prior: Any) -> None:
     if shape != prior.event_shape:
         raise ValueError(
-            f"prior site {site!r} must be one event of shape {prior.event_shape}, got shape "
+            f"prior site {name!r} must be one event of shape {prior.event_shape}, got shape "
             f"{shape}: NUTS and TemperedSMC take events under plates"
         )
-    return ObservedEvent(problem, site, prior, _unmasked(observation))
 
 
 def _same_noise(a: Observation, b: Observation) -> Any:
@@ -112,4 +154,12 @@ def _same_noise(a: Observation, b: Observation) -> Any:
     return jnp.max(jnp.abs(first - second)) <= tolerance
 
 
-__all__ = ["ADVICE", "Observed", "ObservedEvent", "observed_event", "only_observation"]
+__all__ = [
+    "ADVICE",
+    "Observed",
+    "ObservedEvent",
+    "PriorEvent",
+    "observed_event",
+    "only_observation",
+    "only_prior",
+]

@@ -1,7 +1,7 @@
 """What a NumPyro model asks: its sites, found by running it once.
 
-A *prior site* is a latent site whose distribution is a `ScorePrior`, or one behind further
-transforms, possibly inside `expand`, `to_event` or a plate. Models that no gradient-based engine
+A *prior site* is a latent site whose distribution is a `ScorePrior`, one behind further transforms,
+or a `Composition`, possibly inside `expand`, `to_event` or a plate. Models that no gradient-based engine
 can treat are refused here, naming the site.
 """
 
@@ -17,6 +17,7 @@ from numpyro.handlers import seed, trace
 from numpyro.primitives import Messenger
 
 from scoreprior._util import is_traced
+from scoreprior.composition import Composition
 from scoreprior.prior import ProbabilityFlow
 
 
@@ -37,7 +38,8 @@ class Sites(NamedTuple):
 
     `priors` are latent sites with a `ScorePrior`; `latents` are the other latent sites; `observed`
     are those with data; `deterministic` are computed. `data` are the values of observed sites and
-    `params` those of `numpyro.param` sites, which stay as they are.
+    `params` those of `numpyro.param` sites, which stay as they are. `compositions` are the names of
+    the prior sites with a `Composition`.
     """
 
     priors: dict[str, Site]
@@ -46,6 +48,7 @@ class Sites(NamedTuple):
     deterministic: dict[str, Site]
     data: dict[str, Array]
     params: dict[str, Any]
+    compositions: tuple[str, ...] = ()
 
 
 def find_sites(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sites:
@@ -66,7 +69,8 @@ def find_sites(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
                 sites.data[name] = jnp.asarray(message["value"])
                 sites.observed[name] = _site(message, message["fn"].event_dim)
     _check_priors(sites, recorded)
-    return sites
+    composed = (n for n in sites.priors if isinstance(peel(recorded[n]["fn"])[0], Composition))
+    return sites._replace(compositions=tuple(composed))
 
 
 def peel(distribution: dist.Distribution) -> tuple[dist.Distribution, Any]:
@@ -86,9 +90,9 @@ def peel(distribution: dist.Distribution) -> tuple[dist.Distribution, Any]:
 
 
 def is_prior(distribution: dist.Distribution) -> bool:
-    """Whether a probability flow is among the transforms of `distribution`."""
+    """Whether `distribution` is a composition, or has a probability flow among its transforms."""
     base, _ = peel(distribution)
-    return any(isinstance(t, ProbabilityFlow) for t in getattr(base, "transforms", ()))
+    return isinstance(base, Composition) or any(isinstance(t, ProbabilityFlow) for t in getattr(base, "transforms", ()))
 
 
 class _Refuse(Messenger):
@@ -103,6 +107,11 @@ class _Refuse(Messenger):
             )
         if msg["type"] == "sample" and not msg["is_observed"]:
             _check_latent(msg["name"], msg["fn"], msg["scale"])
+            base, _ = peel(msg["fn"])
+            if isinstance(base, Composition) and msg["value"] is None:
+                # Any value of the right shape will do here, and its own draws take a cloud.
+                batch = msg["fn"].shape()[: len(msg["fn"].shape()) - base.event_dim]
+                msg["value"] = base.reference.sample(jax.random.key(0), batch)
 
 
 def _check_latent(name: str, distribution: dist.Distribution, scale: Any) -> None:

@@ -14,14 +14,14 @@ from scoreprior._psis import smooth
 from scoreprior._run import Checkpoint, Draws, Loop, fingerprint, key_words, run_chunks
 from scoreprior._typing import Key
 from scoreprior._util import check_count
+from scoreprior.feynman_kac import FKState, Levels, Resampling, init, step
 from scoreprior.guide import TMPD
 from scoreprior.guide.base import AbstractGaussianGuidance
 from scoreprior.problem import Problem
 from scoreprior.problem.observed import ObservedEvent, observed_event
 from scoreprior.sample import LogGrid
-from scoreprior.smc.feynman_kac import FKState, Resampling, init, step
 from scoreprior.smc.report import FEW_ANCESTORS, draw_rows, history, pool_evidence, warn_groups
-from scoreprior.smc.twisted import Levels, Twisted
+from scoreprior.smc.twisted import Twisted
 
 MAX_K_HAT = 0.7
 
@@ -132,7 +132,7 @@ class FeynmanKac(eqx.Module):
     def _twisted(self, observed: ObservedEvent) -> Twisted:
         flow = observed.prior.flow
         sigmas = LogGrid(float(flow.sigma_min), float(flow.sigma_max))(self.num_steps)
-        levels = Levels.make(flow, sigmas.astype(flow.moments.mean.dtype))
+        levels = Levels.half_noise(flow.sigma_min, sigmas.astype(flow.moments.mean.dtype))
         return Twisted(flow, observed.observation, self.guidance, levels, self.batch_size)
 
     def _settings(self, observed: ObservedEvent, key: Key) -> dict[str, Any]:

@@ -31,8 +31,8 @@ from scoreprior.smc.report import (
     pool_evidence,
     warn_clouds,
 )
-from scoreprior.smc.resample import systematic
-from scoreprior.smc.step import Rule, count_distinct, move, over, tempered, weigh
+from scoreprior.feynman_kac import count_distinct, over, systematic
+from scoreprior.smc.step import Rule, move, tempered, weigh
 
 
 class Ensemble(NamedTuple):

@@ -17,7 +17,7 @@ from scoreprior._run import Chunk, Draws, fingerprint, key_words
 from scoreprior._typing import Key
 from scoreprior.problem import Problem
 from scoreprior.smc.moves import AbstractMoves
-from scoreprior.smc.resample import systematic
+from scoreprior.feynman_kac import systematic
 
 FEW_ANCESTORS = 5
 LOW_ACCEPTANCE = 0.5  # of the target

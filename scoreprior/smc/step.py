@@ -15,9 +15,10 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int
 
 from scoreprior._typing import Key, Scalar
+from scoreprior.feynman_kac import count_distinct, over, systematic
 from scoreprior.problem import Problem
 from scoreprior.smc.moves import AbstractMoves, flatten
-from scoreprior.smc.resample import systematic
+
 
 
 class Cloud(NamedTuple):
@@ -221,15 +222,3 @@ def _autocorrelation(
     ratio = distance[count] / distance[count // 2] - 1
     new = jnp.mean(jnp.clip(ratio, -1, 1) ** 2)
     return jnp.where((count % 2 == 0) & jnp.isfinite(new), new, last)
-
-
-def count_distinct(indices: Int[Array, " n"], size: int) -> Int[Array, ""]:
-    """How many of `0 .. size - 1` there are among `indices`."""
-    return jnp.sum(jnp.zeros(size, jnp.int32).at[indices].set(1))
-
-
-def over(function: Callable[[Any], Any], batch_size: int | None) -> Callable[[Any], Any]:
-    """`function` over a leading axis, at once or `batch_size` entries at a time."""
-    if batch_size is None:
-        return jax.vmap(function)
-    return lambda inputs: jax.lax.map(function, inputs, batch_size=batch_size)

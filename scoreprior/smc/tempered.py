@@ -24,7 +24,7 @@ from scoreprior.smc.report import (
     pool_evidence,
     warn_clouds,
 )
-from scoreprior.smc.resample import systematic
+from scoreprior.feynman_kac import systematic
 from scoreprior.smc.step import Cloud, Rule, start, temper
 
 

@@ -42,30 +42,11 @@ from jaxtyping import Array, Float, Int
 
 from scoreprior._typing import Event, Key, Scalar
 from scoreprior.denoise.base import Noised
+from scoreprior.feynman_kac import FeynmanKacModel, Levels, over
 from scoreprior.flow import Flow
 from scoreprior.guide.base import AbstractGaussianGuidance, Predicted, log_normal, operator
 from scoreprior.guide.linear import Linear, first_event
 from scoreprior.observation import AbstractObservation
-from scoreprior.smc.feynman_kac import FeynmanKacModel
-from scoreprior.smc.step import over
-
-
-class Levels(NamedTuple):
-    """Levels of the chain: everything but `r` follows from it."""
-
-    r: Float[Array, " steps"]  # where denoisers are evaluated, falling; 0 after the last
-    h: Float[Array, " steps"]  # r_k^2 - r_{k+1}^2
-    V: Float[Array, " steps"]  # variance of the noise of step k
-    start: Scalar  # r_0^2 + h_0 / 2, the variance of the noise on the first event
-
-    @classmethod
-    def make(cls, flow: Flow, sigmas: Float[Array, " levels"]) -> "Levels":
-        """From levels `sigmas`, whose last is the `sigma_min` of `flow`."""
-        squares = (sigmas**2 - flow.sigma_min**2).at[-1].set(0.0)
-        h = squares[:-1] - squares[1:]
-        return cls(
-            jnp.sqrt(squares[:-1]), h, (h + jnp.append(h[1:], 0.0)) / 2, squares[0] + h[0] / 2
-        )
 
 
 class Known(NamedTuple):
@@ -169,4 +150,4 @@ def carry(
     return T, (left * (ratio * j)[None]) @ left.T
 
 
-__all__ = ["Levels", "Twisted"]
+__all__ = ["Twisted"]

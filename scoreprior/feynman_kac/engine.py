@@ -22,8 +22,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int
 
 from scoreprior._typing import Key, Scalar
-from scoreprior.smc.resample import systematic
-from scoreprior.smc.step import count_distinct
+from scoreprior.feynman_kac.resample import systematic
 
 Particles = Any
 """A pytree of arrays [particle, ...]."""
@@ -140,4 +139,39 @@ def step(
     return new, info
 
 
-__all__ = ["FKInfo", "FKState", "FeynmanKacModel", "Resampling", "init", "step"]
+def run(
+    model: FeynmanKacModel, resampling: Resampling, num_particles: int, key: Key
+) -> tuple[FKState, FKInfo]:
+    """All steps in one scan: the last cloud, and the record with leaves [step]."""
+    key_init, key_steps = jax.random.split(key)
+
+    def body(state: FKState, key: Key) -> tuple[FKState, FKInfo]:
+        return step(model, resampling, state, key)
+
+    state = init(model, num_particles, key_init)
+    return jax.lax.scan(body, state, jax.random.split(key_steps, model.num_steps))
+
+
+def count_distinct(indices: Int[Array, " n"], size: int) -> Int[Array, ""]:
+    """How many of `0 .. size - 1` there are among `indices`."""
+    return jnp.sum(jnp.zeros(size, jnp.int32).at[indices].set(1))
+
+
+def over(function: Callable[[Any], Any], batch_size: int | None) -> Callable[[Any], Any]:
+    """`function` over a leading axis, at once or `batch_size` entries at a time."""
+    if batch_size is None:
+        return jax.vmap(function)
+    return lambda inputs: jax.lax.map(function, inputs, batch_size=batch_size)
+
+
+__all__ = [
+    "FKInfo",
+    "FKState",
+    "FeynmanKacModel",
+    "Resampling",
+    "count_distinct",
+    "init",
+    "over",
+    "run",
+    "step",
+]
