@@ -1,5 +1,7 @@
 """Feynman-Kac models: the evidence without bias, guided posteriors against the closed form."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from jax.scipy.special import logsumexp
 
 import oracles
+import scoreprior._run as run_module
 from killing import kill_a_run
 from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
 from scoreprior.flow import FixedGrid, Flow
@@ -21,6 +24,7 @@ from scoreprior.sample import Euler, HalfNoise, Heun
 from scoreprior.smc import FeynmanKac, FeynmanKacModel, Resampling
 from scoreprior.smc import feynman_kac as fk
 from stats import assert_cov, assert_mean
+from test_smc_run import Interrupting, messages
 from two_priors import check_evidence, check_law
 
 KEY = jax.random.key(7)
@@ -261,8 +265,10 @@ def draw(checkpoint=None, engine=ENGINE, problem=PLANE):
 
 
 def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a.positions, b.positions)
-    assert a.extra["log_evidence"][1] == b.extra["log_evidence"][1]
+    for ours, theirs in ((a.positions, b.positions), (a.stats, b.stats)):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    for name, (_, values) in b.extra.items():
+        np.testing.assert_array_equal(a.extra[name][1], values, err_msg=name)
 
 
 @pytest.mark.promotes_ranks
@@ -280,6 +286,23 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
 
 
 @pytest.mark.promotes_ranks
+def test_ctrl_c_has_no_draws_to_return_unless_all_levels_are_done(tmp_path, monkeypatch):
+    stopped = "interrupted after 15 of 20 levels, .* no draws from the posterior"
+    kept = re.escape(f"; {tmp_path} has them: run again to go on")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "tqdm", Interrupting)
+        with pytest.raises(KeyboardInterrupt, match=f"^{stopped}$"):
+            draw()
+        with pytest.raises(KeyboardInterrupt, match=f"^{stopped}{kept}$"):
+            draw(checkpoint=tmp_path)
+        patch.setattr(Interrupting, "num_updates", 4)
+        whole = draw()
+    assert not whole.interrupted
+    same(whole, draw())
+    same(draw(checkpoint=tmp_path), whole)
+
+
+@pytest.mark.promotes_ranks
 def test_the_tree_has_evidence_and_record():
     tree = infer(PLANE, ENGINE, key=KEY, progress=False)
     stats = tree["sample_stats"].to_dataset()
@@ -294,6 +317,15 @@ def test_trouble_is_reported_with_the_remedy():
     far = Problem.from_model(plane, jnp.array([60.0, -50.0]))
     with pytest.warns(UserWarning, match="raise num_particles above 20"):
         FeynmanKac(NRLG(), 20, 2, 8).run(far, KEY, progress=False)
+
+
+@pytest.mark.promotes_ranks
+def test_weights_with_a_heavy_tail_are_reported_though_no_ancestor_is_lost():
+    """Never resampled, every particle is its own ancestor, and one group cannot disagree."""
+    far = Problem.from_model(plane, jnp.array([60.0, -50.0]))
+    (found,) = messages(FeynmanKac(NRLG(), 100, 1, 8, threshold=0.0), far)
+    assert re.match(r"k-hat of the last weights is .*, above 0\.7: .*raise num_particles", found)
+    assert not messages(FeynmanKac(TMPD(), 100, 1, 8, threshold=0.0), LINE)
 
 
 def test_bad_settings_and_models_fail_before_any_work():
