@@ -116,9 +116,7 @@ class AbstractChains(eqx.Module):
         key_start, key_steps = jax.random.split(key)
         engine = replace(self, init=PriorDraws())  # compiled code knows no starting points
         chains = engine.begin(problem, key_start, self.init)
-        store = None
-        if checkpoint is not None:
-            store = Checkpoint(checkpoint, self._settings(problem, key, chains))
+        store = Checkpoint.of(checkpoint, lambda: self._settings(problem, key, chains))
 
         def first() -> Any:
             return engine.first(problem, chains, jax.random.fold_in(key_start, 1))
