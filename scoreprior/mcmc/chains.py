@@ -161,6 +161,18 @@ class AbstractChains(eqx.Module):
         }
 
 
+def warn_nan(draws: Draws) -> None:
+    """Warn of proposals that were refused because their density is NaN; called by `warn`."""
+    diverging = draws.stats["diverging"]
+    if count := int(diverging.sum()):
+        warnings.warn(
+            f"the log density was NaN at a proposal of {count} of {diverging.size} draws, and "
+            "these proposals were refused as if it were minus infinity: where the model is "
+            "impossible return minus infinity, where it is possible keep it finite",
+            stacklevel=4,
+        )
+
+
 @eqx.filter_jit
 def _advance(
     engine: AbstractChains,
