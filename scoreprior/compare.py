@@ -149,8 +149,8 @@ def _moments(tree: DataTree, common: list[str]) -> _Moments:
     r_hat = flat(az.rhat(draws)) if draws.sizes["chain"] > 1 else np.full_like(mean, np.nan)
     stats = tree["sample_stats"].to_dataset()
     if "ancestor" not in stats:
-        errors = (flat(az.mcse(draws, method=method)) for method in ("mean", "sd"))
-        return _Moments(mean, sd, *errors, flat(az.ess(draws)), r_hat, math.nan)
+        mean_se, sd_se = (flat(az.mcse(draws, method=method)) for method in ("mean", "sd"))
+        return _Moments(mean, sd, mean_se, sd_se, flat(az.ess(draws)), r_hat, math.nan)
     clusters = Clusters.of(stats["group_of_draw"].values, stats["ancestor"].values)
     rows = [np.asarray(draws[name], float) for name in common]
     x = np.concatenate([row.reshape(row.shape[0] * row.shape[1], -1) for row in rows], 1)

@@ -12,6 +12,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from blackjax.mcmc.slice import SliceState
 
 import oracles
 import scoreprior as sp
@@ -34,6 +35,7 @@ from scoreprior.mcmc import (
     Slice,
 )
 from scoreprior.mcmc.gaussian_prior import log_factor, standardisation
+from scoreprior.mcmc.gradient_free import slice_line
 from scoreprior.mcmc.start import start_chains
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
@@ -189,6 +191,29 @@ def test_a_density_of_nan_is_refused_and_reported(engine):
         quiet, _ = draws(Problem.from_model(model, -jnp.inf), engine)
         np.testing.assert_array_equal(quiet.positions["x"], result.positions["x"])
         assert not quiet.stats["diverging"].any()
+
+
+@pytest.mark.parametrize("hole", [(0.2, 0.8), (4.0, np.inf)], ids=["inside", "outside"])
+def test_a_slice_counts_its_densities_and_sees_every_nan(hole):
+    """A normal with a hole of NaN, met only in shrinking or, mostly, only in stepping out."""
+    seen, found = [], []
+
+    def at(t):
+        value = jnp.where((t > hole[0]) & (t < hole[1]), jnp.nan, -0.5 * t**2)
+        seen.append(float(value))
+        return SliceState({"x": t}, value)
+
+    with jax.disable_jit():
+        for key in jax.random.split(KEY, 20):
+            seen.clear()
+            start, width = SliceState({"x": jnp.zeros(())}, jnp.zeros(())), jnp.array(3.0)
+            new, moved, stats = slice_line(key, start, at, width, 4)
+            assert stats["n_steps"] == len(seen)
+            assert stats["diverging"] == np.isnan(seen).any()
+            found.append(bool(stats["diverging"]))
+            assert moved
+            assert new.logdensity == seen[-1]
+    assert 0 < sum(found) < len(found)
 
 
 def test_an_ellipse_ends_at_a_mode_to_which_no_other_point_is_equal():
