@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from blackjax.diagnostics import psis_weights
 
+MAX_K_HAT = 0.7  # above it, weighted estimates cannot be trusted however many the draws
+
 
 def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Pareto-smoothed weights [n] that sum to one, and k-hat (Vehtari et al. 2024).

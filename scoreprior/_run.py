@@ -163,6 +163,13 @@ class Checkpoint:
         self.settings = json.loads(json.dumps({"format": FORMAT, **settings}))
         self._check()
 
+    @classmethod
+    def of(
+        cls, path: str | os.PathLike[str] | None, settings: Callable[[], Mapping[str, Any]]
+    ) -> "Checkpoint | None":
+        """The checkpoint at `path`; `None`, and `settings` is not called, where that is `None`."""
+        return None if path is None else cls(path, settings())
+
     @property
     def has_state(self) -> bool:
         """Whether there is a state to resume from."""

@@ -77,7 +77,8 @@ def compare(*trees: DataTree, names: Sequence[str] | None = None) -> DataFrame:
     The first tree is the reference. One row per tree, named by its engine or by `names`, over all
     entries of the variables that every tree has in `posterior`:
 
-    - `draws`, `min_ess` (bulk) and `max_r_hat` (of runs with several chains);
+    - `draws`, `min_ess` (bulk) and `max_r_hat` (of runs with several chains); `ancestors`, the
+      effective number of clusters below, of runs by particles;
     - `mean_z_rms`, `mean_z_max`: difference of a mean from that of the reference, in standard
       errors of the two, root mean square and largest. About 1 and below 5 where runs agree;
     - `sd_z_rms`, `sd_z_max`: the same of standard deviations;
@@ -86,6 +87,22 @@ def compare(*trees: DataTree, names: Sequence[str] | None = None) -> DataFrame:
       disagreement matters;
     - `seconds`, compilation included, and `ess_per_second`, of the smallest `min_ess`;
     - `log_evidence` and `log_evidence_se`, where the engine gives them.
+
+    **Particles** that descend from one ancestor in one group depend on one another: they form a
+    cluster. For `TemperedSMC`, `PersistentSMC` and `FeynmanKac`, with clusters `c` of `n_c` of all
+    `n` draws `x_i` of mean `m` and standard deviation `s`, the standard errors are
+
+        se(m)^2 = sum_c (sum_{i in c} (x_i - m))^2 / (n^2 (1 - sum_c (n_c / n)^2))
+        se(s)   = se(s^2) / (2 s), se(s^2) that of the mean of (x_i - m)^2
+
+    and the effective sample size is `s^2 / se(m)^2`. The sum is the estimator of Chan & Lai (2013,
+    "A general theory of particle filters in hidden Markov models and some applications"; Lee &
+    Whiteley 2018, "Variance estimation in the particle filter"), consistent for many particles
+    however much or little their moves forget. Its divisor makes it exact where all draws are
+    independent, and where clusters of one size are copies of one draw each.
+    `ancestors` is `1 / sum_c (n_c / n)^2`. An error from few of them is itself uncertain, by a
+    share of about `1 / sqrt(2 ancestors)`: below some 20, `z` exceed one though runs agree. From a
+    single ancestor nothing can be said, and the agreement is NaN.
 
     What does not apply is NaN; entries that do not vary are left out of the agreement. Raises
     `ValueError` for fewer than two trees, for a wrong number of names, for trees of different data,
@@ -105,7 +122,10 @@ def compare(*trees: DataTree, names: Sequence[str] | None = None) -> DataFrame:
 
 
 class _Moments(NamedTuple):
-    """Of every entry of the common variables: mean, sd and their standard errors; ESS and R-hat."""
+    """Of every entry of the common variables: mean, sd and their standard errors; ESS and R-hat.
+
+    And the effective number of clusters of draws, NaN where draws have no ancestors.
+    """
 
     mean: np.ndarray
     sd: np.ndarray
@@ -113,6 +133,7 @@ class _Moments(NamedTuple):
     sd_se: np.ndarray
     ess: np.ndarray
     r_hat: np.ndarray
+    ancestors: float
 
 
 def _moments(tree: DataTree, common: list[str]) -> _Moments:
@@ -120,17 +141,52 @@ def _moments(tree: DataTree, common: list[str]) -> _Moments:
 
     draws = tree["posterior"].to_dataset()[common]
     dims = ["chain", "draw"]
-    several = draws.sizes["chain"] > 1
-    kinds = (
-        draws.mean(dims),
-        draws.std(dims, ddof=1),
-        az.mcse(draws, method="mean"),
-        az.mcse(draws, method="sd"),
-        az.ess(draws),
-        az.rhat(draws) if several else draws.mean(dims) * np.nan,
-    )
-    flat = [np.concatenate([np.ravel(kind[name]) for name in common]) for kind in kinds]
-    return _Moments(*(values.astype(float) for values in flat))
+
+    def flat(kind: Any) -> np.ndarray:
+        return np.concatenate([np.ravel(kind[name]) for name in common]).astype(float)
+
+    mean, sd = flat(draws.mean(dims)), flat(draws.std(dims, ddof=1))
+    r_hat = flat(az.rhat(draws)) if draws.sizes["chain"] > 1 else np.full_like(mean, np.nan)
+    stats = tree["sample_stats"].to_dataset()
+    if "ancestor" not in stats:
+        mean_se, sd_se = (flat(az.mcse(draws, method=method)) for method in ("mean", "sd"))
+        return _Moments(mean, sd, mean_se, sd_se, flat(az.ess(draws)), r_hat, math.nan)
+    clusters = Clusters.of(stats["group_of_draw"].values, stats["ancestor"].values)
+    rows = [np.asarray(draws[name], float) for name in common]
+    x = np.concatenate([row.reshape(row.shape[0] * row.shape[1], -1) for row in rows], 1)
+    mean_se = clusters.mean_se(x)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sd_se = clusters.mean_se((x - mean) ** 2) / (2 * sd)
+        ess = np.where(sd > 0, (sd / mean_se) ** 2, len(x))
+    return _Moments(mean, sd, mean_se, sd_se, ess, r_hat, clusters.effective)
+
+
+class Clusters(NamedTuple):
+    """Draws that may depend on one another, and are independent of all others."""
+
+    order: np.ndarray  # [n], draws sorted by cluster
+    starts: np.ndarray  # [cluster], where each begins in that order
+
+    @classmethod
+    def of(cls, *labels: np.ndarray) -> "Clusters":
+        """Draws whose `labels`, each [n], are all the same."""
+        pairs = np.stack([np.ravel(label) for label in labels])
+        _, index = np.unique(pairs, axis=1, return_inverse=True)
+        order = np.argsort(index.ravel(), kind="stable")
+        return cls(order, np.flatnonzero(np.diff(index.ravel()[order], prepend=-1)))
+
+    @property
+    def effective(self) -> float:
+        """`1 / sum_c (n_c / n)^2`, the number of clusters where all are of one size."""
+        sizes = np.diff(self.starts, append=len(self.order))
+        return float(len(self.order) ** 2 / (sizes**2).sum())
+
+    def mean_se(self, x: np.ndarray) -> np.ndarray:
+        """Standard errors of the means of `x` [n, entry]; NaN for a single cluster."""
+        if len(self.starts) == 1:
+            return np.full(x.shape[1], np.nan)
+        sums = np.add.reduceat((x - x.mean(0))[self.order], self.starts)
+        return np.sqrt((sums**2).sum(0) / (1 - 1 / self.effective)) / len(x)
 
 
 def _row(tree: DataTree, found: _Moments, reference: _Moments) -> dict[str, float]:
@@ -140,6 +196,7 @@ def _row(tree: DataTree, found: _Moments, reference: _Moments) -> dict[str, floa
         "draws": float(posterior.sizes["chain"] * posterior.sizes["draw"]),
         "min_ess": found.ess.min(),
         "max_r_hat": found.r_hat.max(),
+        "ancestors": found.ancestors,
         **_agreement(found, reference),
         "seconds": seconds,
         "ess_per_second": found.ess.min() / seconds,

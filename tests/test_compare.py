@@ -9,12 +9,12 @@ import numpyro.distributions as dist
 import pytest
 
 import oracles
-from scoreprior.compare import compare, log_bayes_factor
+from scoreprior.compare import Clusters, _moments, compare, log_bayes_factor
 from scoreprior.denoise import Gaussian
 from scoreprior.gaussian import Moments
 from scoreprior.infer import infer
 from scoreprior.smc import RandomWalkMoves, TemperedSMC
-from stats import GATE, require_power
+from stats import GATE, assert_mean, require_power
 from two_priors import build
 
 Y = jnp.array([1.3, 0.2])
@@ -131,6 +131,73 @@ def test_runs_on_one_law_agree_and_others_do_not():
     assert table.loc["moved", "mean_shift"] == pytest.approx(0.15, abs=0.15)
     # The sd of a median of 400 ratios, each +- 1 / sqrt(2000): 0.0014.
     assert table.loc["wide", "sd_ratio"] == pytest.approx(1.15, abs=0.007)
+
+
+def clouds(sizes, spread=0.0, *, labels=True, num_trees=2, seed=1):
+    """Trees of particles of `x` [400], standard normal: `sizes` of them for every ancestor.
+
+    A particle is its ancestor, moved so that only `1 - spread^2` of its variance is left. Particles
+    are in no order and equal ancestors in two groups are two; `labels=False` forgets them all.
+    """
+    rng = np.random.default_rng(seed)
+    for _ in range(num_trees):
+        rows = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+        x = rng.standard_normal((len(sizes), 400))[rows]
+        x = np.sqrt(1 - spread**2) * x + spread * rng.standard_normal(x.shape)
+        x, rows = x.reshape(4, -1, 400), rows.reshape(4, -1)
+        stats = {"group_of_draw": rows % 2, "ancestor": rows // 2} if labels else {}
+        groups = {"posterior": {"x": x}, "sample_stats": {"lp": x[..., 0], **stats}}
+        yield az.from_dict(groups)
+
+
+# 100 clusters; of one size, and of sizes from 4 to 76, as resampling makes them.
+EQUAL, UNEQUAL = np.full(100, 40), np.repeat([4, 22, 40, 58, 76], 20)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.9, 1.0], ids=["copies", "moved", "independent"])
+@pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+def test_particles_of_few_ancestors_have_the_error_of_their_clusters(sizes, spread):
+    """The variance of a mean is `(1 - spread^2) sum p_c^2 + spread^2 / n`, with shares `p_c`."""
+    n, shares = sizes.sum(), sizes / sizes.sum()
+    variance = (1 - spread**2) * (shares**2).sum() + spread**2 / n
+    found, _ = (_moments(tree, ["x"]) for tree in clouds(sizes, spread))
+    assert found.ancestors == pytest.approx(1 / (shares**2).sum())
+    # Over 400 independent entries of relative sd sqrt(2 / ancestors): a bias of 0.07 is seen.
+    assert_mean(found.mean_se[:, None] ** 2 / variance, 1.0, bias=0.36)
+    assert np.median(found.ess) == pytest.approx(1 / variance, rel=0.1)
+    # Those of draws that are taken to be independent are too small, by a known factor.
+    forgetful, _ = (_moments(tree, ["x"]) for tree in clouds(sizes, spread, labels=False))
+    assert np.median(forgetful.mean_se**2) == pytest.approx(1 / n, rel=0.1)
+
+
+def test_errors_of_clusters_by_hand():
+    """Copies count once, unrelated draws as ever; equal labels of two groups are two."""
+    x = np.array([[0.0], [2.0], [2.0], [0.0]])
+    np.testing.assert_allclose(Clusters.of(np.array([0, 1, 1, 0])).mean_se(x), np.sqrt(2 / 2))
+    alone = Clusters.of(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]))
+    np.testing.assert_allclose(alone.mean_se(x), x.std(ddof=1) / 2)
+    assert alone.effective == 4
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.9], ids=["copies", "moved"])
+def test_runs_of_few_ancestors_agree_as_often_as_they_should(spread):
+    """With 100 clusters, `z` is nearly normal; the standard error of its mean square is 0.07."""
+    sizes = UNEQUAL
+    row = compare(*clouds(sizes, spread)).iloc[1]
+    least, limit = np.sqrt(1 + np.array([-GATE, GATE]) * np.sqrt(2 / 400))
+    for name in ("mean_z_rms", "sd_z_rms"):
+        assert least < row[name] < limit, name
+    assert row["mean_z_max"] < 5
+    naive = compare(*clouds(sizes, spread, labels=False)).iloc[1]
+    assert naive["mean_z_rms"] > 2
+    assert naive["mean_z_max"] > 5
+
+
+def test_a_single_ancestor_has_no_error():
+    whole, single = clouds(EQUAL, num_trees=1), clouds(np.array([4000]), 0.5, num_trees=1)
+    row = compare(*whole, *single).iloc[1]
+    assert row["ancestors"] == 1
+    assert row[["min_ess", "mean_z_rms", "sd_z_max", "mean_shift"]].isna().all()
 
 
 def test_the_reference_has_no_agreement_with_itself_and_cost_is_a_rate():

@@ -1,5 +1,7 @@
 """Feynman-Kac models: the evidence without bias, guided posteriors against the closed form."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,11 @@ import pytest
 from jax.scipy.special import logsumexp
 
 import oracles
+import scoreprior._run as run_module
+from scoreprior import feynman_kac as fk
 from killing import kill_a_run
 from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
+from scoreprior.compare import Clusters
 from scoreprior.flow import FixedGrid, Flow
 from scoreprior.guide import NRLG, TMPD, DiffPIR, PiGDM
 from scoreprior.infer import infer
@@ -19,8 +24,8 @@ from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
 from scoreprior.sample import Euler, HalfNoise, Heun
 from scoreprior.smc import FeynmanKac, FeynmanKacModel, Resampling
-from scoreprior import feynman_kac as fk
-from stats import assert_cov, assert_mean
+from stats import GATE, assert_cov, assert_mean
+from test_smc_run import Interrupting, messages
 from two_priors import check_evidence, check_law
 
 KEY = jax.random.key(7)
@@ -150,6 +155,58 @@ def test_rejuvenation_leaves_the_law_as_it_is_and_renews_particles():
     assert_mean(evidence / truth, 1.0)
 
 
+@pytest.mark.parametrize("num_particles", [100, 400])
+def test_the_error_by_ancestors_is_that_of_repeated_runs(num_particles):
+    """A static Gaussian, tempered in six steps, with moves that forget a little of their start.
+
+    Resampling is multinomial, whose noise is the largest. Some 12 and 37 ancestors are left; the
+    mean square of a t of 12 degrees of freedom is 1.2.
+    """
+    y, num_steps, num_runs = 1.3, 6, 400
+
+    def moments(k):
+        precision = 1 + k / num_steps / SEEN**2
+        return k / num_steps / SEEN**2 * y / precision, precision**-0.5
+
+    def move(key, k, x, cache):
+        mean, sd = moments(k)
+        return mean + 0.9 * (x - mean) + 0.19**0.5 * sd * jax.random.normal(key, x.shape), cache
+
+    def propagate(key, k, x, cache, log_weights):
+        return x, log_normal(y, x, SEEN) / num_steps, x
+
+    def init(key, n):
+        x = jax.random.normal(key, (n,))
+        return x, jnp.zeros(n), x
+
+    def multinomial(key, weights, n):
+        return jax.random.choice(key, n, (n,), p=weights)
+
+    model = FeynmanKacModel(init, propagate, num_steps, rejuvenate=move)
+    resampling = Resampling(1.0, function=multinomial)
+
+    def run(key):
+        key, first, last = jax.random.split(key, 3)
+        step = lambda state, key: fk.step(model, resampling, state, key)
+        start = fk.init(model, num_particles, first)
+        state, _ = jax.lax.scan(step, start, jax.random.split(key, num_steps))
+        rows = multinomial(last, jax.nn.softmax(state.log_weights), num_particles)
+        return state.particles[rows], state.ancestor[rows]
+
+    x, ancestor = map(np.asarray, jax.jit(jax.vmap(run))(jax.random.split(KEY, num_runs)))
+    clusters = [Clusters.of(row) for row in ancestor]
+    se = np.array([of.mean_se(row[:, None])[0] for of, row in zip(clusters, x, strict=True)])
+    independent = x.std(1) / np.sqrt(num_particles)
+    error = x.mean(1) - moments(num_steps)[0]
+
+    def mean_square(se):
+        return np.mean((error / se) ** 2)
+
+    limit = GATE * np.sqrt(2 / num_runs)
+    assert abs(mean_square(se) - 1) < limit
+    assert mean_square(independent) > 1 + 2 * limit
+
+
 def build(denoiser):
     flow = Flow(denoiser, denoiser.moments(), sigma_min=SIGMA_MIN, solver=FixedGrid(1))
     return ScorePrior(flow)
@@ -261,8 +318,10 @@ def draw(checkpoint=None, engine=ENGINE, problem=PLANE):
 
 
 def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a.positions, b.positions)
-    assert a.extra["log_evidence"][1] == b.extra["log_evidence"][1]
+    for ours, theirs in ((a.positions, b.positions), (a.stats, b.stats)):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    for name, (_, values) in b.extra.items():
+        np.testing.assert_array_equal(a.extra[name][1], values, err_msg=name)
 
 
 @pytest.mark.promotes_ranks
@@ -280,6 +339,23 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
 
 
 @pytest.mark.promotes_ranks
+def test_ctrl_c_has_no_draws_to_return_unless_all_levels_are_done(tmp_path, monkeypatch):
+    stopped = "interrupted after 15 of 20 levels, .* no draws from the posterior"
+    kept = re.escape(f"; {tmp_path} has them: run again to go on")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "tqdm", Interrupting)
+        with pytest.raises(KeyboardInterrupt, match=f"^{stopped}$"):
+            draw()
+        with pytest.raises(KeyboardInterrupt, match=f"^{stopped}{kept}$"):
+            draw(checkpoint=tmp_path)
+        patch.setattr(Interrupting, "num_updates", 4)
+        whole = draw()
+    assert not whole.interrupted
+    same(whole, draw())
+    same(draw(checkpoint=tmp_path), whole)
+
+
+@pytest.mark.promotes_ranks
 def test_the_tree_has_evidence_and_record():
     tree = infer(PLANE, ENGINE, key=KEY, progress=False)
     stats = tree["sample_stats"].to_dataset()
@@ -294,6 +370,15 @@ def test_trouble_is_reported_with_the_remedy():
     far = Problem.from_model(plane, jnp.array([60.0, -50.0]))
     with pytest.warns(UserWarning, match="raise num_particles above 20"):
         FeynmanKac(NRLG(), 20, 2, 8).run(far, KEY, progress=False)
+
+
+@pytest.mark.promotes_ranks
+def test_weights_with_a_heavy_tail_are_reported_though_no_ancestor_is_lost():
+    """Never resampled, every particle is its own ancestor, and one group cannot disagree."""
+    far = Problem.from_model(plane, jnp.array([60.0, -50.0]))
+    (found,) = messages(FeynmanKac(NRLG(), 100, 1, 8, threshold=0.0), far)
+    assert re.match(r"k-hat of the last weights is .*, above 0\.7: .*raise num_particles", found)
+    assert not messages(FeynmanKac(TMPD(), 100, 1, 8, threshold=0.0), LINE)
 
 
 def test_bad_settings_and_models_fail_before_any_work():

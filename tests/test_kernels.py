@@ -12,6 +12,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from blackjax.mcmc.slice import SliceState
 
 import oracles
 import scoreprior as sp
@@ -34,6 +35,7 @@ from scoreprior.mcmc import (
     Slice,
 )
 from scoreprior.mcmc.gaussian_prior import log_factor, standardisation
+from scoreprior.mcmc.gradient_free import slice_line
 from scoreprior.mcmc.start import start_chains
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
@@ -157,19 +159,26 @@ def test_a_latent_scale_keeps_its_own_prior(engine):
         check(0.0, 1.0)
 
 
-@pytest.mark.parametrize("kind", [EllipticalSlice, LatentGaussian])
-def test_a_density_of_nan_is_refused_and_reported(kind):
+NAN_ENGINES = [
+    EllipticalSlice(50, 100, 64),
+    LatentGaussian(50, 100, 64),
+    Slice(50, 100, 64),
+    RandomWalk(100, 600, 64),
+]
+
+
+@pytest.mark.parametrize("engine", NAN_ENGINES, ids=lambda engine: type(engine).__name__)
+def test_a_density_of_nan_is_refused_and_reported(engine):
     """The likelihood is `exp(x_0)` below 0.5 and NaN above: a truncated normal about 1."""
 
     def model(undefined):
         x = numpyro.sample("x", LINE)
         numpyro.factor("tilt", jnp.where(x[0] < 0.5, x[0], undefined))
 
-    engine = kind(50, 100, 64)
     with pytest.warns(UserWarning, match="NaN at a proposal of .* return minus infinity") as caught:
         result, values = draws(Problem.from_model(model, jnp.nan), engine)
     diverging = result.stats["diverging"]
-    assert f"of {diverging.sum()} of 6400 draws" in str(caught[0].message)
+    assert f"of {diverging.sum()} of {diverging.size} draws" in str(caught[0].message)
     assert 0 < diverging.sum() < diverging.size
     # The variance of x is 1.01, that of the prior at its lowest level.
     sd = np.sqrt(1.01)
@@ -178,10 +187,52 @@ def test_a_density_of_nan_is_refused_and_reported(kind):
     assert (values["x"][..., 0] < 0.5).all()
     assert_mean_of_chains(values["x"][..., :1], mean, bias=0.2)
     # Minus infinity is a value like any other.
-    if kind is EllipticalSlice:
+    if not isinstance(engine, LatentGaussian):
         quiet, _ = draws(Problem.from_model(model, -jnp.inf), engine)
         np.testing.assert_array_equal(quiet.positions["x"], result.positions["x"])
         assert not quiet.stats["diverging"].any()
+
+
+@pytest.mark.parametrize("hole", [(0.2, 0.8), (2.5, np.inf)], ids=["inside", "outside"])
+def test_a_slice_counts_its_densities_and_sees_every_nan(hole):
+    """A normal with a hole of NaN, met only in shrinking or, mostly, only in stepping out."""
+    seen, found = [], []
+
+    def at(t):
+        value = jnp.where((t > hole[0]) & (t < hole[1]), jnp.nan, -0.5 * t**2)
+        seen.append(float(value))
+        return SliceState({"x": t}, value)
+
+    with jax.disable_jit():
+        for key in jax.random.split(KEY, 12):
+            seen.clear()
+            start, width = SliceState({"x": jnp.zeros(())}, jnp.zeros(())), jnp.array(3.0)
+            new, moved, stats = slice_line(key, start, at, width, 4)
+            assert stats["n_steps"] == len(seen)
+            assert stats["diverging"] == np.isnan(seen).any()
+            found.append(bool(stats["diverging"]))
+            assert moved
+            assert new.logdensity == seen[-1]
+    assert 0 < sum(found) < len(found)
+
+
+def test_an_ellipse_ends_at_a_mode_to_which_no_other_point_is_equal():
+    """In single precision the level of a mode of height `1e8` is the mode, up to `u = 0.98`."""
+    mode, calls = jnp.array([1.0, -0.5], jnp.float32), []
+
+    def peak(position):
+        calls.append(position)
+        assert len(calls) < 500, "no point is inside"
+        return jnp.float32(1e8) - 1e10 * jnp.sum((position["x"] - mode) ** 2)
+
+    engine = EllipticalSlice()
+    with jax.disable_jit():  # so that a loop without an end can be counted
+        for seed in range(3):
+            chain = engine.start({"x": mode}, peak)
+            calls.clear()
+            new, _, stats = engine.move(jax.random.key(seed), chain, peak, jnp.ones(()))
+            assert new.logdensity == chain.logdensity == jnp.float32(1e8)
+            assert stats["n_steps"] == len(calls)
 
 
 def test_the_factor_times_the_normal_is_the_posterior():

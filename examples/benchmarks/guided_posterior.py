@@ -10,7 +10,6 @@ masses of the modes, of the error of the log evidence, and of the largest 2-Wass
 over 100 slices. CPU, seconds per problem and method; a stopped program goes on where it was.
 """
 
-import itertools
 import math
 import statistics
 import time
@@ -21,7 +20,6 @@ import jax
 import numpy as np
 from common import Progress, arguments, show, write
 from mixtures import (
-    draw_case,
     grid,
     mass_error,
     max_sliced_wasserstein,
@@ -29,6 +27,9 @@ from mixtures import (
     sample,
     sliced_wasserstein,
     solve,
+    suite,
+    suite_options,
+    suite_weights,
 )
 
 import scoreprior as sp
@@ -96,15 +97,11 @@ def measure(case: Any, problem: sp.Problem, engine: Any, seed: int) -> dict[str,
 def main() -> None:
     """Measure, print and write."""
     parser = arguments(__doc__, "guided_posterior")
-    parser.add_argument("--dimension", type=int, default=8, help="an even number")
-    parser.add_argument("--repeats", type=int, default=8, help="problems of every kind")
-    parser.add_argument("--random", action="store_true", help="random weights and noise")
+    suite_options(parser)
     parser.add_argument("--methods", nargs="+", help="some of them")
     options = parser.parse_args()
     warnings.simplefilter("ignore", UserWarning)
-    weights = np.random.default_rng(27).standard_normal(25) ** 2 if options.random else np.ones(25)
-    weights /= weights.sum()
-    means = grid(options.dimension)
+    weights, means = suite_weights(options), grid(options.dimension)
     problem = problems(means, weights)
     law = GaussianMixture.diagonal(
         np.asarray(weights, np.float32), np.asarray(means, np.float32), 0.99
@@ -115,23 +112,20 @@ def main() -> None:
     if options.methods:
         chosen = {name: chosen[name] for name in options.methods}
     progress = Progress(options.output)
-    levels = (None,) if options.random else (0.01, 0.1, 1.0)
-    repeats = range(1 if options.quick else options.repeats)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     kinds: dict[str, list[dict[str, float]]] = {}
-    for num_data, sigma_y, seed in itertools.product((1, 2, 4), levels, repeats):
-        case = draw_case(options.dimension, num_data, sigma_y, seed, weights)
+    for one in suite(options):
         for name, engine in chosen.items():
             result = progress(
-                f"{name}: {num_data} / {sigma_y}, {seed}",
+                f"{name}: {one.num_data} / {one.sigma_y}, {one.seed}",
                 (options.dimension, options.random, type(engine).__name__, NUM_STEPS),
-                lambda case=case, engine=engine, seed=seed: measure(
-                    case, problem(case), engine, seed
+                lambda one=one, engine=engine: measure(
+                    one.case, problem(one.case), engine, one.seed
                 ),
             )
             found[name].append(result)
             if name == next(iter(chosen)):
-                kinds.setdefault(f"{num_data} / {sigma_y or 'random'}", []).append(result)
+                kinds.setdefault(one.kind, []).append(result)
     columns = [column for column in found[next(iter(chosen))][0] if column != "lost"]
     for title, groups in (("methods", found), (next(iter(chosen)), kinds)):
         rows = [

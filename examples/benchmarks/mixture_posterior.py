@@ -15,7 +15,6 @@ over 100 slices to 10,000 exact draws. Medians over the problems. CPU, about a m
 a stopped program goes on where it was.
 """
 
-import itertools
 import statistics
 import time
 import warnings
@@ -25,7 +24,6 @@ import numpy as np
 from common import Progress, arguments, show, write
 from mixtures import (
     Case,
-    draw_case,
     grid,
     mass_error,
     max_sliced_wasserstein,
@@ -33,6 +31,9 @@ from mixtures import (
     sample,
     sliced_wasserstein,
     solve,
+    suite,
+    suite_options,
+    suite_weights,
 )
 
 from scoreprior import Problem, TemperedSMC
@@ -74,20 +75,15 @@ def measure(case: Case, problem: Problem, engine: TemperedSMC, seed: int) -> dic
 def main() -> None:
     """Measure, print and write."""
     parser = arguments(__doc__, "mixture_posterior")
-    parser.add_argument("--dimension", type=int, default=8, help="an even number")
+    suite_options(parser)
     parser.add_argument("--groups", type=int, default=4, help="groups that share 1,000 particles")
-    parser.add_argument("--repeats", type=int, default=8, help="problems of every kind")
-    parser.add_argument("--first", type=int, default=0, help="number of the first repeat")
-    parser.add_argument("--random", action="store_true", help="random weights and noise")
     parser.add_argument("--target-ess", type=float, default=0.9)
     parser.add_argument("--max-moves", type=int, default=50)
     parser.add_argument("--max-autocorrelation", type=float, default=0.5)
     parser.add_argument("--leapfrog", type=int, default=3)
     options = parser.parse_args()
     warnings.simplefilter("ignore", UserWarning)
-    weights = np.random.default_rng(27).standard_normal(25) ** 2 if options.random else np.ones(25)
-    weights /= weights.sum()
-    problem = problems(grid(options.dimension), weights)
+    problem = problems(grid(options.dimension), suite_weights(options))
     engine = TemperedSMC(
         NUM_DRAWS // options.groups,
         options.groups,
@@ -96,19 +92,15 @@ def main() -> None:
         max_moves=options.max_moves,
         max_autocorrelation=options.max_autocorrelation,
     )
-    repeats = range(options.first, options.first + (1 if options.quick else options.repeats))
     progress = Progress(options.output)
-    levels = (None,) if options.random else (0.01, 0.1, 1.0)
     found: dict[str, list[dict[str, float]]] = {}
-    for seed, num_data, sigma_y in itertools.product(repeats, (1, 2, 4), levels):
-        case = draw_case(options.dimension, num_data, sigma_y, seed, weights)
-        kind = f"{num_data} / {sigma_y or 'random'}"
+    for one in suite(options):
         result = progress(
-            f"{kind}, {seed}",
+            f"{one.kind}, {one.seed}",
             (options.dimension, options.random, engine),
-            lambda case=case, seed=seed: measure(case, problem(case), engine, seed),
+            lambda one=one: measure(one.case, problem(one.case), engine, one.seed),
         )
-        found.setdefault(kind, []).append(result)
+        found.setdefault(one.kind, []).append(result)
     found["all"] = [result for results in found.values() for result in results]
     columns = list(found["all"][0])
     rows = [

@@ -5,7 +5,9 @@ Components share one isotropic covariance, so that the posterior under data
 precision, by formulas of its own.
 """
 
-from collections.abc import Callable
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -61,6 +63,44 @@ def draw_case(
     A = u @ np.diag(s) @ v
     x = means[rng.choice(25, p=weights)] + rng.standard_normal(size)
     return Case(weights, means, A, A @ x + noise * rng.standard_normal(num_data), noise)
+
+
+def suite_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which problems of `suite` to solve."""
+    parser.add_argument("--dimension", type=int, default=8, help="an even number")
+    parser.add_argument("--repeats", type=int, default=8, help="problems of every kind")
+    parser.add_argument("--first", type=int, default=0, help="number of the first repeat")
+    parser.add_argument("--random", action="store_true", help="random weights and noise")
+
+
+def suite_weights(options: argparse.Namespace) -> np.ndarray:
+    """Weights [25] of the modes, the same for all problems."""
+    weights = np.random.default_rng(27).standard_normal(25) ** 2 if options.random else np.ones(25)
+    return weights / weights.sum()
+
+
+class Numbered(NamedTuple):
+    """A problem of a suite, and how it was drawn; a random `sigma_y` is `None`."""
+
+    case: Case
+    num_data: int
+    sigma_y: float | None
+    seed: int
+
+    @property
+    def kind(self) -> str:
+        """Problems of one kind differ by the seed alone."""
+        return f"{self.num_data} / {self.sigma_y or 'random'}"
+
+
+def suite(options: argparse.Namespace) -> Iterator[Numbered]:
+    """1, 2 and 4 data, at three levels of noise or random ones; of each, as many as are asked."""
+    weights = suite_weights(options)
+    levels = (None,) if options.random else (0.01, 0.1, 1.0)
+    repeats = range(options.first, options.first + (1 if options.quick else options.repeats))
+    for num_data, sigma_y, seed in itertools.product((1, 2, 4), levels, repeats):
+        case = draw_case(options.dimension, num_data, sigma_y, seed, weights)
+        yield Numbered(case, num_data, sigma_y, seed)
 
 
 def solve(case: Case) -> Posterior:

@@ -116,9 +116,7 @@ class AbstractChains(eqx.Module):
         key_start, key_steps = jax.random.split(key)
         engine = replace(self, init=PriorDraws())  # compiled code knows no starting points
         chains = engine.begin(problem, key_start, self.init)
-        store = None
-        if checkpoint is not None:
-            store = Checkpoint(checkpoint, self._settings(problem, key, chains))
+        store = Checkpoint.of(checkpoint, lambda: self._settings(problem, key, chains))
 
         def first() -> Any:
             return engine.first(problem, chains, jax.random.fold_in(key_start, 1))
@@ -161,6 +159,18 @@ class AbstractChains(eqx.Module):
             "log_density_at_start": [float(v) for v in getattr(start, "logdensity", ())],
             "start": fingerprint(start),
         }
+
+
+def warn_nan(draws: Draws) -> None:
+    """Warn of proposals that were refused because their density is NaN; called by `warn`."""
+    diverging = draws.stats["diverging"]
+    if count := int(diverging.sum()):
+        warnings.warn(
+            f"the log density was NaN at a proposal of {count} of {diverging.size} draws, and "
+            "these proposals were refused as if it were minus infinity: where the model is "
+            "impossible return minus infinity, where it is possible keep it finite",
+            stacklevel=4,
+        )
 
 
 @eqx.filter_jit

@@ -11,7 +11,6 @@ where `location` and `scale` are 0 and 1 for prior sites, and for the others the
 central 68 % of prior draws: any values are right, and these make `f` flat where the likelihood is.
 """
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -29,7 +28,7 @@ from jaxtyping import Array, Bool, Int
 from scoreprior._run import Draws
 from scoreprior._typing import Key, PyTree, Scalar
 from scoreprior._util import check_positive
-from scoreprior.mcmc.chains import AbstractChains
+from scoreprior.mcmc.chains import AbstractChains, warn_nan
 from scoreprior.mcmc.gradient import refused_nan
 from scoreprior.mcmc.warmup import Warmup, WarmupState
 from scoreprior.problem import Problem
@@ -105,14 +104,7 @@ class AbstractGaussianPriorChains(AbstractChains):
         return state._replace(chains=chains, warmup=warmup), outputs
 
     def warn(self, draws: Draws) -> None:
-        diverging = draws.stats["diverging"]
-        if count := int(diverging.sum()):
-            warnings.warn(
-                f"the log density was NaN at a proposal of {count} of {diverging.size} draws, and "
-                "these proposals were refused as if it were minus infinity: where the model is "
-                "impossible return minus infinity, where it is possible keep it finite",
-                stacklevel=3,
-            )
+        warn_nan(draws)
 
     def _warmup(self) -> Warmup:
         return Warmup(self.num_warmup, self.target_accept, dense_mass=None)

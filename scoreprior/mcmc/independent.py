@@ -61,9 +61,7 @@ class AbstractIndependent(eqx.Module):
         `ValueError`, naming the site, for a model that the engine cannot treat.
         """
         prepared = self.prepare(problem)
-        store = None
-        if checkpoint is not None:
-            store = Checkpoint(checkpoint, self._settings(prepared, key))
+        store = Checkpoint.of(checkpoint, lambda: self._settings(prepared, key))
 
         def advance(state: Any, start: int, count: int) -> Any:
             return state, _draw(self, prepared, key, jnp.asarray(start))

@@ -73,9 +73,7 @@ class SVGD(eqx.Module):
         """
         problem = problem.centred(with_value=False) if self.centred else problem
         particles = start_by_score(problem, self.sigma, key, self.num_particles)
-        store = None
-        if checkpoint is not None:
-            store = Checkpoint(checkpoint, self._settings(problem, key, particles))
+        store = Checkpoint.of(checkpoint, lambda: self._settings(problem, key, particles))
         state = _first(self, particles)
 
         def advance(state: Any, start: int, count: int) -> Any:

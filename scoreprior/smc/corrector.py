@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from scoreprior._psis import smooth
+from scoreprior._psis import MAX_K_HAT, smooth
 from scoreprior._run import Checkpoint, Draws, Loop, fingerprint, key_words, run_chunks
 from scoreprior._typing import Key
 from scoreprior._util import check_count
@@ -22,8 +22,6 @@ from scoreprior.problem.observed import ObservedEvent, observed_event
 from scoreprior.sample import LogGrid
 from scoreprior.smc.report import FEW_ANCESTORS, draw_rows, history, pool_evidence, warn_groups
 from scoreprior.smc.twisted import Twisted
-
-MAX_K_HAT = 0.7
 
 
 class FeynmanKac(eqx.Module):
@@ -96,9 +94,7 @@ class FeynmanKac(eqx.Module):
         observed = observed_event(problem, type(self).__name__)
         key_start, key_steps, key_end = jax.random.split(key, 3)
         twisted = self._twisted(observed)
-        store = None
-        if checkpoint is not None:
-            store = Checkpoint(checkpoint, self._settings(observed, key))
+        store = Checkpoint.of(checkpoint, lambda: self._settings(observed, key))
         clouds = _start(self, twisted, key_start)
 
         def advance(clouds: FKState, start: int, count: int) -> Any:

@@ -108,12 +108,9 @@ class NestedSampling(eqx.Module):
         key_start, key_steps, key_end = jax.random.split(key, 3)
         start = _start(self, problem, key_start)
         check_start(start.particles.loglikelihood, "num_live")
-        store = None
-        if checkpoint is not None:
-            # More steps may be asked of a stopped run.
-            free = ("max_steps",)
-            settings = identify(self, problem, key, start.particles.loglikelihood, free)
-            store = Checkpoint(checkpoint, settings)
+        # More steps may be asked of a stopped run.
+        known = problem, key, start.particles.loglikelihood, ("max_steps",)
+        store = Checkpoint.of(checkpoint, lambda: identify(self, *known))
 
         def advance(state: AdaptiveNSState, step: int, count: int) -> Any:
             steps = jnp.asarray(step), jnp.asarray(count)

@@ -121,9 +121,7 @@ class PersistentSMC(eqx.Module):
         rows = start.persistent.persistent_log_likelihoods[:, : self.num_prior_rows]
         log_likelihood = rows.reshape(self.num_groups, -1)
         check_start(log_likelihood, "num_particles")
-        store = None
-        if checkpoint is not None:
-            store = Checkpoint(checkpoint, identify(self, problem, key, log_likelihood))
+        store = Checkpoint.of(checkpoint, lambda: identify(self, problem, key, log_likelihood))
 
         def advance(ensembles: Ensemble, step: int, count: int) -> Any:
             return _advance(self, problem, ensembles, key_steps, jnp.asarray(step))

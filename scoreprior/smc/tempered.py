@@ -126,12 +126,9 @@ class TemperedSMC(eqx.Module):
         key_start, key_steps, key_end = jax.random.split(key, 3)
         clouds = _start(self, problem, key_start)
         check_start(clouds.log_likelihood, "num_particles")
-        store = None
-        if checkpoint is not None:
-            # More temperatures may be asked of a stopped run.
-            free = ("max_temperatures",)
-            settings = identify(self, problem, key, clouds.log_likelihood, free)
-            store = Checkpoint(checkpoint, settings)
+        # More temperatures may be asked of a stopped run.
+        known = problem, key, clouds.log_likelihood, ("max_temperatures",)
+        store = Checkpoint.of(checkpoint, lambda: identify(self, *known))
 
         def advance(clouds: Cloud, step: int, count: int) -> Any:
             return _advance(self, problem, clouds, key_steps, jnp.asarray(step))

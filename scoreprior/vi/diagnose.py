@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from scoreprior._psis import smooth
-
-MAX_K_HAT = 0.7
+from scoreprior._psis import MAX_K_HAT, smooth
 
 
 def diagnose(log_weights: Float[np.ndarray, " n"]) -> tuple[dict[str, Any], np.ndarray]:

@@ -113,9 +113,7 @@ class VI(eqx.Module):
         key_start, key_steps = jax.random.split(key)
         frame, state, log_density = _start(self, problem, key_start)
         check_start(np.asarray(log_density))
-        store = None
-        if checkpoint is not None:
-            store = Checkpoint(checkpoint, self._settings(problem, key, state, log_density))
+        store = Checkpoint.of(checkpoint, lambda: self._settings(problem, key, state, log_density))
 
         def advance(state: FitState, step: int, count: int) -> Any:
             return _advance(

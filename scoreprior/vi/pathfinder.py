@@ -92,10 +92,7 @@ class Pathfinder(eqx.Module):
         key_start, key_paths = jax.random.split(key)
         frame, log_density = _start(problem, key_start)
         check_start(np.asarray(log_density))
-        store = None
-        if checkpoint is not None:
-            settings = self._settings(problem, key, log_density)
-            store = Checkpoint(checkpoint, settings)
+        store = Checkpoint.of(checkpoint, lambda: self._settings(problem, key, log_density))
 
         def advance(state: Array, start: int, count: int) -> Any:
             return state, _advance(self, problem, frame, key_paths, jnp.asarray(start))
