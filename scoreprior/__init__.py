@@ -13,8 +13,9 @@ Six nouns, one verb each:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreprior import denoise, guide, nn, sample, train, vi
+from scoreprior import denoise, feynman_kac, guide, nn, sample, train, vi
 from scoreprior.compare import compare, log_bayes_factor
+from scoreprior.composition import Composition, compose
 from scoreprior.density import (
     BoundDensity,
     Exact,
@@ -78,6 +79,7 @@ __all__ = [
     "Barker",
     "BoundDensity",
     "ChEES",
+    "Composition",
     "Dense",
     "Diagonal",
     "DynamicHMC",
@@ -110,7 +112,9 @@ __all__ = [
     "Slice",
     "TemperedSMC",
     "compare",
+    "compose",
     "denoise",
+    "feynman_kac",
     "guide",
     "infer",
     "load",

@@ -22,6 +22,7 @@ from scoreprior.feynman_kac import (
     Composed,
     Factor,
     Levels,
+    NoControl,
     Resampling,
     Trapezoid,
     VarianceControl,
@@ -114,7 +115,9 @@ class Composition(dist.Distribution):
         low = min(prior.sigma_min for prior in self.priors)
         high = max(prior.flow.sigma_max for prior in self.priors)
         sigmas = LogGrid(low, high)(num_steps).astype(self.exponents.dtype)
-        if not is_traced(self.exponents):
+        weight, control = weight or Trapezoid(), control or VarianceControl()
+        is_prior = not is_traced(self.exponents) and self._listed() == [1.0]
+        if not is_traced(self.exponents) and not is_prior:
             # A step multiplies the distance from a narrow mode by 1 - B (1 - r'^2 / r^2).
             total = float(jnp.sum(jnp.abs(self.exponents)))
             least = math.ceil(2 * math.log(high / low) / -math.log1p(-min(0.5, 1 / total) + 1e-9))
@@ -127,8 +130,8 @@ class Composition(dist.Distribution):
             Factor(p.flow.denoiser, p.flow.moments, jnp.asarray(p.sigma_min, beta.dtype), beta)
             for p, beta in zip(self.priors, self.exponents, strict=True)
         )
-        levels = Levels.full_noise(low, sigmas)
-        weight, control = weight or Trapezoid(), control or VarianceControl()
+        uncontrolled = is_prior and isinstance(control, NoControl)
+        levels = (Levels.half_noise if uncontrolled else Levels.full_noise)(low, sigmas)
         return Composed(factors, levels, weight, control, **tilt)
 
     def _listed(self) -> list[float]:

@@ -26,9 +26,12 @@ LADDER = (
     {"cli"},
 )
 RUNG = {name: rung for rung, names in enumerate(LADDER) for name in names}
-NEIGHBOURS = {("composition", "prior"), ("density", "flow"), ("io", "prior"), ("_util", "_typing")} | {
-    (name, helper) for name in ("gaussian", "operators") for helper in ("_typing", "_util")
-}
+NEIGHBOURS = {
+    ("composition", "prior"),
+    ("density", "flow"),
+    ("io", "prior"),
+    ("_util", "_typing"),
+} | {(name, helper) for name in ("gaussian", "operators") for helper in ("_typing", "_util")}
 
 # Who may import a third-party package; the rest of the world is closed. The command line is a user
 # of the library: its demo writes a NumPyro model and summarises the result, as a user does.

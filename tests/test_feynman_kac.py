@@ -12,9 +12,9 @@ from jax.scipy.special import logsumexp
 
 import oracles
 import scoreprior._run as run_module
-from scoreprior import feynman_kac as fk
 from killing import kill_a_run
 from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
+from scoreprior import feynman_kac as fk
 from scoreprior.compare import Clusters
 from scoreprior.flow import FixedGrid, Flow
 from scoreprior.guide import NRLG, TMPD, DiffPIR, PiGDM

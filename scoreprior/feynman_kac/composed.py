@@ -139,9 +139,7 @@ class Composed(eqx.Module):
         # Without control the scores after the last step would have no use but in a trapezoid.
         r = jnp.zeros_like(h) if is_last else self.levels.r[k + 1]
         new = self._know(moved, r, key_probe, is_last)
-        log_g, response = self.weight.log_g(
-            Moved(known.scores, new.scores, theta, h, moved - x)
-        )
+        log_g, response = self.weight.log_g(Moved(known.scores, new.scores, theta, h, moved - x))
         if known.direction is not None:
             tilt = jnp.sqrt(V) * jnp.sum(noise * known.direction)
             log_g = log_g - tilt - V / 2 * jnp.sum(known.direction**2)

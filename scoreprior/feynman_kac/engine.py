@@ -133,10 +133,16 @@ def step(
         size,
         resampled,
         new.log_evidence - before,
-        jnp.sum(shares * (log_g - jnp.sum(shares * log_g)) ** 2),
+        _variance(shares, log_g),
         count_distinct(new.ancestor, num_particles),
     )
     return new, info
+
+
+def _variance(shares: Float[Array, " particle"], log_g: Float[Array, " particle"]) -> Scalar:
+    """Infinite where a weight is zero."""
+    variance = jnp.sum(shares * (log_g - jnp.sum(shares * log_g)) ** 2)
+    return jnp.where(jnp.any(log_g == -jnp.inf), jnp.inf, variance)
 
 
 def run(

@@ -15,6 +15,7 @@ from scoreprior.guide.nrlg import NRLG
 from scoreprior.guide.pigdm import PiGDM
 from scoreprior.guide.replace import Replacement
 from scoreprior.guide.tmpd import TMPD, DiagonalTMPD
+from scoreprior.guide.twist import Steering
 
 __all__ = [
     "DPS",
@@ -35,4 +36,5 @@ __all__ = [
     "GuidedDenoiser",
     "PiGDM",
     "Replacement",
+    "Steering",
 ]

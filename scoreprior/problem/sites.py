@@ -1,8 +1,8 @@
 """What a NumPyro model asks: its sites, found by running it once.
 
 A *prior site* is a latent site whose distribution is a `ScorePrior`, one behind further transforms,
-or a `Composition`, possibly inside `expand`, `to_event` or a plate. Models that no gradient-based engine
-can treat are refused here, naming the site.
+or a `Composition`, possibly inside `expand`, `to_event` or a plate. Models that no gradient-based
+engine can treat are refused here, naming the site.
 """
 
 from collections.abc import Callable
@@ -92,7 +92,9 @@ def peel(distribution: dist.Distribution) -> tuple[dist.Distribution, Any]:
 def is_prior(distribution: dist.Distribution) -> bool:
     """Whether `distribution` is a composition, or has a probability flow among its transforms."""
     base, _ = peel(distribution)
-    return isinstance(base, Composition) or any(isinstance(t, ProbabilityFlow) for t in getattr(base, "transforms", ()))
+    return isinstance(base, Composition) or any(
+        isinstance(t, ProbabilityFlow) for t in getattr(base, "transforms", ())
+    )
 
 
 class _Refuse(Messenger):

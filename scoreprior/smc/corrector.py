@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -12,13 +12,26 @@ from jaxtyping import Array
 
 from scoreprior._psis import MAX_K_HAT, smooth
 from scoreprior._run import Checkpoint, Draws, Loop, fingerprint, key_words, run_chunks
-from scoreprior._typing import Key
+from scoreprior._typing import Event, Key, Scalar
 from scoreprior._util import check_count
-from scoreprior.feynman_kac import FKState, Levels, Resampling, init, step
-from scoreprior.guide import TMPD
-from scoreprior.guide.base import AbstractGaussianGuidance
+from scoreprior.composition import Composition
+from scoreprior.feynman_kac import (
+    AbstractControl,
+    AbstractWeight,
+    Composed,
+    FKState,
+    Levels,
+    NoControl,
+    Resampling,
+    Trapezoid,
+    init,
+    step,
+)
+from scoreprior.guide import TMPD, AbstractCondition, AbstractGaussianGuidance, Steering
+from scoreprior.guide.twist import EventTwist, GaussianTwist, SteeringTwist
+from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
-from scoreprior.problem.observed import ObservedEvent, observed_event
+from scoreprior.problem.observed import observed_event, only_prior
 from scoreprior.sample import LogGrid
 from scoreprior.smc.report import FEW_ANCESTORS, draw_rows, history, pool_evidence, warn_groups
 from scoreprior.smc.twisted import Twisted
@@ -30,37 +43,57 @@ class FeynmanKac(eqx.Module):
     A cloud goes down the noise levels from data-conditioned noise to the posterior. A method of
     `scoreprior.guide` says at each level how likely the data are; weights correct what it gets
     wrong, and their mean estimates the evidence `p(y)` (Wu et al. 2023, "Practical and
-    asymptotically exact conditional sampling in diffusion models"). Unlike theirs, moves are drawn
-    from the posterior of the next event under a Gaussian for the next twist, so that weights vary
-    little (see `smc.twisted`). The denoiser is evaluated once per particle and level; no flow is
-    solved, and no density is needed.
+    asymptotically exact conditional sampling in diffusion models"). The denoiser is evaluated once
+    per particle and level; no flow is solved, and no density is needed.
 
-    **Exact** for the law of the chain of `num_steps` levels, which tends to the prior: the error of
-    its variance is of second order in the steps. Groups are independent repetitions, pooled as in
-    `TemperedSMC`: `log_evidence_se` is from their spread. Draws are resampled to equal weight.
+    The prior is a `ScorePrior` or a `Composition`, and the guidance one of
 
-    **Arguments:** `guidance`, a Gaussian method such as `TMPD()`; the nearer it is to the truth,
-    the less the weights vary. `num_particles` per group; `num_groups`; `num_steps`, levels even in
-    `log sigma`. `threshold`: particles are resampled when their effective sample size falls below
-    this share of them; 1 resamples always, 0 never. `batch_size`: particles of a group moved at
-    once, all by default, to bound memory. `chunk_size`: steps between two updates of the progress
-    bar and of the checkpoint; it does not change the draws.
+    - a Gaussian method such as `TMPD()` or `JFPS(...)`, for one site observed with Gaussian noise.
+      Moves of a `ScorePrior` are then drawn from the posterior of the next event under a Gaussian
+      for the next twist, so that weights vary little (see `smc.twisted`);
+    - a condition, `guide.Exceeds(...)` or `guide.Equals(...)`: rare events, which the model holds
+      as a `numpyro.factor`;
+    - `guide.Steering(scale)`, for any observed sites and factors;
+    - `None`: the prior itself, weighted by the likelihood at the end.
+
+    **Exact** for the law of the chain of `num_steps` levels, which tends to the prior, the error of
+    its variance of second order in the steps, for a `ScorePrior` without `control`; otherwise up to
+    the error of `weight`. Groups are independent repetitions, pooled as in `TemperedSMC`:
+    `log_evidence_se` is from their spread. Draws are resampled to equal weight.
+
+    **Arguments:** `guidance`; the nearer it is to the truth, the less the weights vary.
+    `num_particles` per group; `num_groups`; `num_steps`, levels even in `log sigma`. `threshold`:
+    particles are resampled when their effective sample size falls below this share of them; 1
+    resamples always, 0 never. `control`: an extra drift that flattens the weights; `None` is
+    `VarianceControl()` for a `Composition` and none for a `ScorePrior`. `weight`: how the weights
+    of a step are integrated where there is a composition or control. `batch_size`: particles of a
+    group moved at once, all by default, to bound memory. `chunk_size`: steps between two updates of
+    the progress bar and of the checkpoint; it does not change the draws.
     """
 
-    guidance: AbstractGaussianGuidance = eqx.field(default=TMPD())
+    guidance: AbstractGaussianGuidance | AbstractCondition | Steering | None = eqx.field(
+        default=TMPD()
+    )
     num_particles: int = eqx.field(static=True, default=1000)
     num_groups: int = eqx.field(static=True, default=4)
     num_steps: int = eqx.field(static=True, default=100)
     threshold: float = eqx.field(static=True, default=0.5, kw_only=True)
+    control: AbstractControl | None = eqx.field(default=None, kw_only=True)
+    weight: AbstractWeight = eqx.field(default=Trapezoid(), kw_only=True)
     batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
     chunk_size: int = eqx.field(static=True, default=10, kw_only=True)
 
     def __check_init__(self):
-        if not isinstance(self.guidance, AbstractGaussianGuidance):
+        kinds = (AbstractGaussianGuidance, AbstractCondition, Steering, type(None))
+        if not isinstance(self.guidance, kinds):
             raise TypeError(
-                "guidance must say how likely the data are, such as TMPD() or PiGDM(...), got "
-                f"{self.guidance!r}"
+                "guidance must say how likely the data are, such as TMPD(), PiGDM(...), a "
+                f"condition or Steering(...), or be None, got {self.guidance!r}"
             )
+        if not isinstance(self.control, AbstractControl | None):
+            raise TypeError(f"control must be VarianceControl() or NoControl(), got {self.control}")
+        if not isinstance(self.weight, AbstractWeight):
+            raise TypeError(f"weight must be one such as Trapezoid(), got {self.weight!r}")
         check_count("num_particles", self.num_particles, least=2)
         check_count("num_groups", self.num_groups)
         check_count("num_steps", self.num_steps, least=2)
@@ -87,19 +120,18 @@ class FeynmanKac(eqx.Module):
 
         With `checkpoint`, a directory, the run is stored after every chunk, and the same call
         resumes it bit for bit; stopped before its end it has no posterior draws, and Ctrl-C raises.
-        Raises `ValueError`, naming the site, unless the model has one prior site of one event,
-        observed with Gaussian noise that is known, and no other latent or observed site; and
-        `FloatingPointError` where a weight is not a number.
+        Raises `ValueError`, naming the site, unless the model has one prior site of one event and
+        no other latent site, and for a Gaussian method one observed site, seen in Gaussian noise
+        that is known; and `FloatingPointError` where a weight is not a number, or none is positive.
         """
-        observed = observed_event(problem, type(self).__name__)
+        target = self._target(problem)
         key_start, key_steps, key_end = jax.random.split(key, 3)
-        twisted = self._twisted(observed)
-        store = Checkpoint.of(checkpoint, lambda: self._settings(observed, key))
-        clouds = _start(self, twisted, key_start)
+        store = Checkpoint.of(checkpoint, lambda: self._settings(target, key))
+        clouds = _start(self, target.chain, key_start)
 
         def advance(clouds: FKState, start: int, count: int) -> Any:
             keys = key_steps, jnp.asarray(start), jnp.asarray(count)
-            clouds, record = _advance(self, twisted, clouds, *keys)
+            clouds, record = _advance(self, target.chain, clouds, *keys)
             _check_weights(clouds, start + count, self.guidance)
             return clouds, record
 
@@ -120,28 +152,69 @@ class FeynmanKac(eqx.Module):
         positions, stats = jax.tree.map(np.asarray, _finish(self, clouds, key_end))
         extra = pool_evidence(groups, True) | {"khat": ((), np.asarray(khat))}
         draws = Draws(
-            observed.problem, {observed.site: positions}, stats, False, extra | history(chunks)
+            target.problem, {target.site: positions}, stats, False, extra | history(chunks)
         )
         self._warn(draws)
         return draws
 
-    def _twisted(self, observed: ObservedEvent) -> Twisted:
-        flow = observed.prior.flow
-        sigmas = LogGrid(float(flow.sigma_min), float(flow.sigma_max))(self.num_steps)
-        levels = Levels.half_noise(flow.sigma_min, sigmas.astype(flow.moments.mean.dtype))
-        return Twisted(flow, observed.observation, self.guidance, levels, self.batch_size)
+    def _target(self, problem: Problem) -> "Target":
+        name, guidance = type(self).__name__, self.guidance
+        if isinstance(guidance, AbstractGaussianGuidance) and problem.sites.observed:
+            seen = observed_event(problem, name, composed=True)
+            data = seen.observation.data, seen.observation.noise
+            if isinstance(seen.prior, ScorePrior) and self.control is None:
+                flow = seen.prior.flow
+                sigmas = LogGrid(flow.sigma_min, flow.sigma_max)(self.num_steps)
+                sigmas = sigmas.astype(flow.moments.mean.dtype)
+                levels = Levels.half_noise(flow.sigma_min, sigmas)
+                chain = Twisted(flow, seen.observation, guidance, levels, self.batch_size)
+                return Target(seen.problem, seen.site, chain, data, seen.prior)
+            twist = GaussianTwist(guidance, seen.observation)
+            return self._composed(seen, twist, data)
+        event = only_prior(problem, name)
+        data = problem.args, problem.kwargs, problem.sites.params
+        if not problem.sites.observed and isinstance(guidance, AbstractCondition | Steering):
+            raise ValueError(
+                f"guidance {type(guidance).__name__} needs an observed site or a factor in the "
+                "model, such as numpyro.factor(name, log_probability), got none"
+            )
+        if isinstance(guidance, AbstractCondition):
+            return self._composed(event, EventTwist(guidance), data)
+        if isinstance(guidance, Steering):
+            twist = SteeringTwist(guidance, EventLikelihood(event.problem, event.site))
+            return self._composed(event, twist, data)
+        return self._composed(event, None, data)
 
-    def _settings(self, observed: ObservedEvent, key: Key) -> dict[str, Any]:
-        free = ("chunk_size", "batch_size", "guidance")
+    def _composed(self, event: Any, twist: Any, data: Any) -> "Target":
+        """A chain with the twist along the gradient, for any `prior` of `event`."""
+        problem, site, prior = event.problem, event.site, event.prior
+        control = self.control
+        if isinstance(prior, ScorePrior):
+            control = control or NoControl()
+            prior = Composition((prior,), (1.0,))
+        chain = prior.composed(
+            self.num_steps,
+            weight=self.weight,
+            control=control,
+            twist=twist,
+            log_likelihood=EventLikelihood(problem, site) if problem.sites.observed else None,
+            batch_size=self.batch_size,
+        )
+        return Target(problem, site, chain, data, prior)
+
+    def _settings(self, target: "Target", key: Key) -> dict[str, Any]:
+        free = ("chunk_size", "batch_size", "guidance", "control", "weight")
         engine = {name: value for name, value in vars(self).items() if name not in free}
         return {
             "engine": type(self).__name__,
             **engine,
             "guidance": repr(self.guidance),
             "guidance_values": fingerprint(self.guidance),
+            "control": repr(self.control),
+            "weight": repr(self.weight),
             "key": key_words(key),
-            "data": fingerprint((observed.observation.data, observed.observation.noise)),
-            "prior": fingerprint(observed.prior.flow),
+            "data": fingerprint(target.data),
+            "prior": fingerprint(target.prior),
         }
 
     def _warn(self, draws: Draws) -> None:
@@ -163,8 +236,34 @@ class FeynmanKac(eqx.Module):
         warn_groups(record["group_log_evidence"], remedy)
 
 
-def _check_weights(clouds: FKState, done: int, guidance: AbstractGaussianGuidance) -> None:
-    bad = np.isnan(np.asarray(clouds.log_weights))
+class EventLikelihood(eqx.Module):
+    """The log likelihood of one event at prior site `site`."""
+
+    problem: Problem
+    site: str = eqx.field(static=True)
+
+    def __call__(self, x: Event) -> Scalar:
+        return self.problem.log_likelihood({self.site: x})
+
+
+class Target(NamedTuple):
+    """What a run is after: prior site `site` of `problem`, by the chain of a Feynman-Kac model."""
+
+    problem: Problem
+    site: str
+    chain: Twisted | Composed
+    data: Any
+    prior: ScorePrior | Composition
+
+
+def _check_weights(clouds: FKState, done: int, guidance: Any) -> None:
+    log_weights = np.asarray(clouds.log_weights)
+    if (log_weights == -np.inf).all():
+        raise FloatingPointError(
+            f"the likelihood is zero at all {log_weights.size} particles after step {done}: take a "
+            "guidance towards the data, or raise num_particles"
+        )
+    bad = np.isnan(log_weights)
     if bad.any():
         raise FloatingPointError(
             f"{bad.sum()} of {bad.size} weights are not a number after step {done}: the denoiser "
@@ -174,17 +273,22 @@ def _check_weights(clouds: FKState, done: int, guidance: AbstractGaussianGuidanc
 
 
 @eqx.filter_jit
-def _start(engine: FeynmanKac, twisted: Twisted, key: Key) -> FKState:
-    keys, model = jax.random.split(key, engine.num_groups), twisted.model()
+def _start(engine: FeynmanKac, chain: Twisted | Composed, key: Key) -> FKState:
+    keys, model = jax.random.split(key, engine.num_groups), chain.model()
     return jax.vmap(lambda key: init(model, engine.num_particles, key))(keys)
 
 
 @eqx.filter_jit
 def _advance(
-    engine: FeynmanKac, twisted: Twisted, clouds: FKState, key: Key, start: Array, count: Array
+    engine: FeynmanKac,
+    chain: Twisted | Composed,
+    clouds: FKState,
+    key: Key,
+    start: Array,
+    count: Array,
 ) -> tuple[FKState, dict[str, dict[str, Array]]]:
     """All clouds `count` steps on; the record has leaves [chunk_size, group]."""
-    model, resampling = twisted.model(), Resampling(engine.threshold)
+    model, resampling = chain.model(), Resampling(engine.threshold)
 
     def one(clouds: FKState, number: Array) -> Any:
         keys = jax.random.split(jax.random.fold_in(key, number), engine.num_groups)

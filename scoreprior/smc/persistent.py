@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from scoreprior._run import Checkpoint, Draws, Loop, run_chunks
 from scoreprior._typing import Key, Scalar
 from scoreprior._util import check_count, check_positive
+from scoreprior.feynman_kac import count_distinct, over, systematic
 from scoreprior.problem import Problem
 from scoreprior.smc.moves import AbstractMoves, HMCMoves, check_fraction
 from scoreprior.smc.report import (
@@ -31,7 +32,6 @@ from scoreprior.smc.report import (
     pool_evidence,
     warn_clouds,
 )
-from scoreprior.feynman_kac import count_distinct, over, systematic
 from scoreprior.smc.step import Rule, move, tempered, weigh
 
 

@@ -15,9 +15,9 @@ from jaxtyping import Array
 
 from scoreprior._run import Chunk, Draws, fingerprint, key_words
 from scoreprior._typing import Key
+from scoreprior.feynman_kac import systematic
 from scoreprior.problem import Problem
 from scoreprior.smc.moves import AbstractMoves
-from scoreprior.feynman_kac import systematic
 
 FEW_ANCESTORS = 5
 LOW_ACCEPTANCE = 0.5  # of the target

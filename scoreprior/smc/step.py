@@ -20,7 +20,6 @@ from scoreprior.problem import Problem
 from scoreprior.smc.moves import AbstractMoves, flatten
 
 
-
 class Cloud(NamedTuple):
     """A cloud at its temperature, and what the next temperature takes over from it."""
 

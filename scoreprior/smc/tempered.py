@@ -13,6 +13,7 @@ from jaxtyping import Array
 from scoreprior._run import Checkpoint, Draws, Loop, run_chunks
 from scoreprior._typing import Key
 from scoreprior._util import check_count
+from scoreprior.feynman_kac import systematic
 from scoreprior.problem import Problem
 from scoreprior.smc.moves import AbstractMoves, HMCMoves, check_fraction
 from scoreprior.smc.report import (
@@ -24,7 +25,6 @@ from scoreprior.smc.report import (
     pool_evidence,
     warn_clouds,
 )
-from scoreprior.feynman_kac import systematic
 from scoreprior.smc.step import Cloud, Rule, start, temper
 
 
