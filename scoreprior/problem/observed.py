@@ -65,11 +65,15 @@ def _unmasked(observation: Observation) -> AbstractObservation:
 
 
 class PriorEvent(NamedTuple):
-    """Prior site `site` of a `problem` in the centred form, one event, and its law."""
+    """Prior site `site` of a `problem` in the centred form, one event, and its law.
+
+    `has_data` says whether the model has observed sites or factors.
+    """
 
     problem: Any
     site: str
     prior: ScorePrior | Composition
+    has_data: bool
 
 
 def only_prior(problem: Any, engine: str) -> PriorEvent:
@@ -86,9 +90,11 @@ def only_prior(problem: Any, engine: str) -> PriorEvent:
         )
     (name,) = sites.priors
     problem = problem.centred(with_value=False)
-    prior = _law(problem, name, problem.initial(jax.random.key(0)), engine, True)
+    recorded = problem.trace(problem.initial(jax.random.key(0)))
+    prior = _law(recorded, name, engine, True)
     _check_event(name, sites.priors[name].shape, prior)
-    return PriorEvent(problem, name, prior)
+    has_data = any(s["type"] == "sample" and s["is_observed"] for s in recorded.values())
+    return PriorEvent(problem, name, prior, has_data)
 
 
 def only_observation(problem: Any, engine: str, *, composed: bool = False) -> Observed:
@@ -108,7 +114,7 @@ def only_observation(problem: Any, engine: str, *, composed: bool = False) -> Ob
     (name,), (observed,) = sites.priors, sites.observed
     problem = problem.centred(with_value=False)
     points = [problem.initial(jax.random.key(seed)) for seed in range(2)]
-    prior = _law(problem, name, points[0], engine, composed)
+    prior = _law(problem.trace(points[0]), name, engine, composed)
     here, there = (problem.linearise(point) for point in points)
     if not _same_noise(here, there):
         raise ValueError(
@@ -125,8 +131,8 @@ def observed_event(problem: Any, engine: str, *, composed: bool = False) -> Obse
     return ObservedEvent(found.problem, found.site, found.prior, _unmasked(found.observation))
 
 
-def _law(problem: Any, name: str, point: Any, engine: str, composed: bool) -> Any:
-    prior, _ = peel(problem.trace(point)[name]["fn"])
+def _law(recorded: Any, name: str, engine: str, composed: bool) -> Any:
+    prior, _ = peel(recorded[name]["fn"])
     if isinstance(prior, ScorePrior) or (composed and isinstance(prior, Composition)):
         return prior
     if isinstance(prior, Composition):

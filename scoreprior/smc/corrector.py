@@ -173,7 +173,7 @@ class FeynmanKac(eqx.Module):
             return self._composed(seen, twist, data)
         event = only_prior(problem, name)
         data = problem.args, problem.kwargs, problem.sites.params
-        if not problem.sites.observed and isinstance(guidance, AbstractCondition | Steering):
+        if not event.has_data and isinstance(guidance, AbstractCondition | Steering):
             raise ValueError(
                 f"guidance {type(guidance).__name__} needs an observed site or a factor in the "
                 "model, such as numpyro.factor(name, log_probability), got none"
@@ -187,8 +187,7 @@ class FeynmanKac(eqx.Module):
 
     def _composed(self, event: Any, twist: Any, data: Any) -> "Target":
         """A chain with the twist along the gradient, for any `prior` of `event`."""
-        problem, site, prior = event.problem, event.site, event.prior
-        control = self.control
+        problem, site, prior, control = event.problem, event.site, event.prior, self.control
         if isinstance(prior, ScorePrior):
             control = control or NoControl()
             prior = Composition((prior,), (1.0,))
@@ -197,7 +196,7 @@ class FeynmanKac(eqx.Module):
             weight=self.weight,
             control=control,
             twist=twist,
-            log_likelihood=EventLikelihood(problem, site) if problem.sites.observed else None,
+            log_likelihood=EventLikelihood(problem, site),
             batch_size=self.batch_size,
         )
         return Target(problem, site, chain, data, prior)
