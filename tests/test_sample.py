@@ -378,6 +378,12 @@ def test_repeats_bring_replacement_nearer_to_the_posterior():
     assert np.min(errors) > 0.01
 
 
+def test_a_bare_callable_is_a_denoiser():
+    arguments = {"key": KEY, "sigmas": LogGrid(0.2, 10.0)(5), "sampler": HalfNoise()}
+    found = solve(lambda x, sigma: MIXTURE(x, sigma), jnp.ones(2), **arguments)
+    np.testing.assert_array_equal(found, solve(MIXTURE, jnp.ones(2), **arguments))
+
+
 def test_evaluations_per_step_are_counted():
     x = jnp.zeros(2)
     counts = {sampler: sampler.num_evaluations(x) for sampler in (Euler(), Heun(), HalfNoise())}

@@ -70,7 +70,8 @@ class SplitGibbs(AbstractChains):
     `N(0, rho^2 I)` is added to the prior. Two uses follow.
 
     - `rho_min=None`, the default: `z` is the `x` of the model, with its noise of `sigma_min`, and
-      the clean half lies at a tenth of `sigma_min`. Draws are of the posterior, without smoothing.
+      the clean half lies at a tenth of `sigma_min`. Draws are of the posterior, without smoothing;
+      a network is called at levels below `sigma_min`, for which it should have been trained.
     - `rho_min=...`: the clean half is the `x` of the model, as in the paper, and draws are of the
       marginal of `pi` in `x` and `theta`. That is not the posterior, which it nears as `rho_min`
       falls: the data weigh as if they had been taken of `z`. For a Gaussian prior `N(m, C)`, with

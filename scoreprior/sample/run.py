@@ -1,5 +1,8 @@
 """Whole runs of a sampler down a grid."""
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float
@@ -13,7 +16,7 @@ from scoreprior.sample.samplers import AbstractSampler, Memory, Stage
 
 @eqx.filter_jit
 def solve(
-    denoiser: AbstractDenoiser,
+    denoiser: AbstractDenoiser | Callable[..., Any],
     x_init: Event,
     *,
     key: Key,
@@ -21,13 +24,16 @@ def solve(
     sampler: AbstractSampler,
     context: Context = None,
 ) -> Event:
-    """Carry one event `x_init` at noise level `sigmas[0]` down to `sigmas[-1]`."""
+    """Carry one event `x_init` at noise level `sigmas[0]` down to `sigmas[-1]`.
+
+    Without a `context`, any callable `denoiser(x, sigma)` will do.
+    """
     if sigmas.shape[0] < 2:
         raise ValueError(f"sigmas must hold at least two levels, got {sigmas.shape[0]}")
     sigmas = sigmas.astype(x_init.dtype)
 
     def denoise(x: Event, sigma: Scalar) -> Event:
-        return denoiser(x, sigma, context)
+        return denoiser(x, sigma) if context is None else denoiser(x, sigma, context)
 
     def step(carry: tuple[Event, Memory], level: tuple[Scalar, Scalar, Key]) -> tuple:
         sigma, sigma_next, step_key = level
