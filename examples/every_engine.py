@@ -49,6 +49,7 @@ ENGINES = {
     "LatentGaussian": Entry(sp.LatentGaussian(1000, 4000)),
     "ChEES": Entry(sp.ChEES(300, 100)),
     "MEADS": Entry(sp.MEADS(500, 100)),
+    "SplitGibbs": Entry(sp.SplitGibbs(num_samples=3000, num_chains=20)),
     "AdjustedMCLMC": Entry(sp.AdjustedMCLMC(500, 1000)),
     # Clouds of particles.
     "TemperedSMC": Entry(sp.TemperedSMC(500, 8)),
@@ -64,6 +65,8 @@ ENGINES = {
     "PredictorCorrector": Entry(sp.PredictorCorrector(2000), 0.1, 0.1),
     "AnnealedLangevin": Entry(sp.AnnealedLangevin(2000), 0.1, 0.1),
     "Guided": Entry(sp.Guided(sp.guide.TMPD(), 2000), 0.1, 0.1),
+    "SplitGibbs, smoothed": Entry(sp.SplitGibbs(0.3, num_samples=500, num_chains=20), 0.2, 0.1),
+    "DAPS": Entry(sp.DAPS(2000), 0.2, 0.4),
     # Guides.
     "MeanField": Entry(sp.VI(MeanField(), 1000), 0.15, 0.2),
     "LowRank": Entry(sp.VI(LowRank(4), 1000), 0.15, 0.15),

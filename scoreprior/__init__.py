@@ -29,6 +29,7 @@ from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
 from scoreprior.mcmc import (
+    DAPS,
     HMC,
     MALA,
     MCLMC,
@@ -51,6 +52,7 @@ from scoreprior.mcmc import (
     PriorDraws,
     RandomWalk,
     Slice,
+    SplitGibbs,
 )
 from scoreprior.plot import plot_posterior_images
 from scoreprior.prior import ScorePrior
@@ -64,6 +66,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "DAPS",
     "HMC",
     "MALA",
     "MCLMC",
@@ -110,6 +113,7 @@ __all__ = [
     "ScoreOnly",
     "ScorePrior",
     "Slice",
+    "SplitGibbs",
     "TemperedSMC",
     "compare",
     "compose",

@@ -16,8 +16,8 @@ class Replacement(AbstractDenoiser):
 
     A sampler then carries the known entries along a noised path of their own, `values + sigma n`,
     as the published methods put it into every event; the noise is fresh at each step as far as the
-    sampler makes it so. The resampling of RePaint, noise up and down again, is left to the sampler:
-    `sample.Churned` is one that goes back up.
+    sampler makes it so. The resampling of RePaint, noise up and down again, is a sampler,
+    `sample.Recurrent`: it lowers the error below and does not remove it.
 
     This is *not* the posterior: an unknown entry is denoised from the noisy `x_t` of the known ones
     and never from `values`, so correlations are lost at high noise and come in only as `sigma`

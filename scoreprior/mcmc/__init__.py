@@ -1,6 +1,7 @@
 """Markov chain Monte Carlo engines on a `Problem`, by blackjax; samplers that follow a score."""
 
 from scoreprior.mcmc.annealed import AnnealedLangevin, PredictorCorrector
+from scoreprior.mcmc.daps import DAPS
 from scoreprior.mcmc.ensemble import MEADS, ChEES
 from scoreprior.mcmc.gaussian_prior import EllipticalSlice, LatentGaussian
 from scoreprior.mcmc.gradient import HMC, MALA, Barker, DynamicHMC
@@ -11,10 +12,12 @@ from scoreprior.mcmc.noised import FlatLikelihood, MomentLikelihood
 from scoreprior.mcmc.nuts import NUTS
 from scoreprior.mcmc.schedule import Constant, Decaying
 from scoreprior.mcmc.score import SGHMC, SGLD
+from scoreprior.mcmc.split_gibbs import SplitGibbs
 from scoreprior.mcmc.start import GivenValues, GuideDraws, PriorDraws
 from scoreprior.mcmc.svgd import SVGD
 
 __all__ = [
+    "DAPS",
     "HMC",
     "MALA",
     "MCLMC",
@@ -41,4 +44,5 @@ __all__ = [
     "PriorDraws",
     "RandomWalk",
     "Slice",
+    "SplitGibbs",
 ]

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from scoreprior._typing import Event, Key, Scalar
+from scoreprior._typing import Event, Key
 from scoreprior._util import check_count
 from scoreprior.denoise import Noised
 from scoreprior.guide import AbstractGuidance
@@ -14,7 +14,7 @@ from scoreprior.guide.linear import first_event
 from scoreprior.mcmc.independent import AbstractIndependent
 from scoreprior.problem import Problem
 from scoreprior.problem.observed import ObservedEvent, observed_event
-from scoreprior.sample import AbstractSampler, HalfNoise, LogGrid, Stage, solve
+from scoreprior.sample import AbstractSampler, HalfNoise, LogGrid, solve
 
 LAST_LEVEL = 0.1
 """The last level of noise on top of the event, in units of `sigma_min`."""
@@ -73,21 +73,7 @@ class Guided(AbstractIndependent):
 
     def extra(self, prepared: ObservedEvent) -> dict[str, Any]:
         """`num_evaluations`: calls of the denoiser per draw, those for its derivatives apart."""
-        calls = 0
-
-        def denoise(x: Event, sigma: Scalar) -> Event:
-            nonlocal calls
-            calls += 1
-            return x
-
-        x = prepared.prior.flow.moments.mean
-
-        def step(x: Event) -> Any:
-            noise = jnp.zeros((self.sampler.num_noises, *x.shape), x.dtype)
-            one = jnp.ones((), x.dtype)
-            return self.sampler.step(Stage(denoise, one, one / 2, noise), x, self.sampler.init(x))
-
-        jax.eval_shape(step, x)
+        calls = self.sampler.num_evaluations(prepared.prior.flow.moments.mean)
         return {"num_evaluations": ((), jnp.asarray(calls * self.num_steps + 1))}
 
 

@@ -115,6 +115,12 @@ class Problem:
         model = _Silence(self._model(), lambda message: not self._is_likelihood(message))
         return -potential_energy(model, self.args, self.kwargs, self._named(position))
 
+    def log_conditional(self, position: Position) -> Scalar:
+        """Log density of the other latent sites and of the data, given the prior sites."""
+        noise = {self._noise_name(name) for name in self.sites.priors}
+        model = _Silence(self._model(), lambda message: message["name"] in noise)
+        return -potential_energy(model, self.args, self.kwargs, self._named(position))
+
     def score(self, position: Position, sigma: Sigma | None = None) -> dict[str, Array]:
         """Gradient of the joint log density, without its value: one array per latent site.
 

@@ -1,106 +1,22 @@
-"""Unconditional draws: noise-level grids and samplers.
-
-A sampler moves `x_t` from the law of `X + sigma_0 N` down a grid `sigma_0 > ... > sigma_n > 0`. Its
-draws have the law of `X + sigma_n N`, up to the error of the steps; `denoise_last=True` replaces
-each by its posterior mean `D(x, sigma_n)`, which is what is usually shown, but not what a density
-at `sigma_n` describes.
-
-All samplers integrate one of
-
-    probability flow   dx/dsigma = (x - D(x, sigma)) / sigma
-    reverse SDE        dx = 2 (x - D) / sigma dsigma + sqrt(2 sigma |dsigma|) dW
-
-(Karras et al., NeurIPS 2022, eqs. 1 and 6) or, by `Ancestral`, what lies between. A step is a
-deterministic function of its noise, so everything here can be differentiated and replayed.
-"""
+"""Samplers: one step from a noise level to the next below."""
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from scoreprior._typing import Context, Event, Key, Scalar
-from scoreprior._util import check_count, check_positive
-from scoreprior.denoise.base import AbstractDenoiser
-from scoreprior.gaussian import Moments
+from scoreprior._typing import Event, Scalar
+from scoreprior._util import check_positive
 
 Denoise = Callable[[Event, Scalar], Event]
 """A denoiser with its context fixed."""
 
 Memory = PyTree[Array]
 """What a multistep sampler keeps from one step to the next."""
-
-
-class AbstractGrid(eqx.Module):
-    """Decreasing noise levels from `sigma_max` to `sigma_min`; `grid(num_steps)` has one more."""
-
-    sigma_min: float
-    sigma_max: float
-
-    def __check_init__(self):
-        check_positive("sigma_min", self.sigma_min)
-        check_positive("sigma_max", self.sigma_max)
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(
-                f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}"
-            )
-
-    def __call__(self, num_steps: int) -> Float[Array, " num_levels"]:
-        """`num_steps + 1` levels, the first `sigma_max` and the last `sigma_min`."""
-        check_count("num_steps", num_steps)
-        levels = self.inverse(
-            jnp.linspace(self.warp(self.sigma_max), self.warp(self.sigma_min), num_steps + 1)
-        )
-        return levels.at[0].set(self.sigma_max).at[-1].set(self.sigma_min)
-
-    @abstractmethod
-    def warp(self, sigma: float | Array) -> Array:
-        """The coordinate in which the grid is even."""
-
-    @abstractmethod
-    def inverse(self, coordinate: Array) -> Array:
-        """The noise level at a coordinate."""
-
-
-class LogGrid(AbstractGrid):
-    """Even in `log sigma`."""
-
-    def warp(self, sigma: float | Array) -> Array:
-        return jnp.log(sigma)
-
-    def inverse(self, coordinate: Array) -> Array:
-        return jnp.exp(coordinate)
-
-
-class EDMGrid(AbstractGrid):
-    """Even in `sigma^(1/rho)` (Karras et al. 2022, eq. 5)."""
-
-    rho: float = 7.0
-
-    def warp(self, sigma: float | Array) -> Array:
-        return jnp.asarray(sigma) ** (1 / self.rho)
-
-    def inverse(self, coordinate: Array) -> Array:
-        return coordinate**self.rho
-
-
-class ArctanGrid(AbstractGrid):
-    """Even in `arctan(sigma / scale)`, `scale` the standard deviation of the data.
-
-    For Gaussian data of that scale the probability flow moves at constant speed along this grid.
-    """
-
-    scale: float = eqx.field(kw_only=True)
-
-    def warp(self, sigma: float | Array) -> Array:
-        return jnp.arctan(sigma / self.scale)
-
-    def inverse(self, coordinate: Array) -> Array:
-        return self.scale * jnp.tan(coordinate)
 
 
 class Stage(NamedTuple):
@@ -128,6 +44,23 @@ class AbstractSampler(eqx.Module):
     @abstractmethod
     def step(self, stage: Stage, x: Event, memory: Memory) -> tuple[Event, Memory]:
         """The event at `sigma_next` and the memory for the step after."""
+
+    def num_evaluations(self, x: Event) -> int:
+        """Calls of the denoiser in one step of an event like `x`, found without computation."""
+        calls = 0
+
+        def denoise(x: Event, sigma: Scalar) -> Event:
+            nonlocal calls
+            calls += 1
+            return x
+
+        def step(x: Event) -> Any:
+            noise = jnp.zeros((self.num_noises, *x.shape), x.dtype)
+            one = jnp.ones((), x.dtype)
+            return self.step(Stage(denoise, one, one / 2, noise), x, self.init(x))
+
+        jax.eval_shape(step, x)
+        return calls
 
 
 class Euler(AbstractSampler):
@@ -260,6 +193,34 @@ class HalfNoise(AbstractSampler):
         return y + h / sigma**2 * (denoise(y, sigma) - y) + jnp.sqrt(h / 2) * noise[1], memory
 
 
+class StochasticHeun(AbstractSampler):
+    """The improved Euler step of the reverse SDE (Roberts 2012; Jolicoeur-Martineau et al. 2021).
+
+    With `h = sigma^2 - sigma_next^2` and the score `s`, `x + h s(x, sigma) + sqrt(h) n = y` and
+
+        x + h (s(x, sigma) + s(y, sigma_next)) / 2 + sqrt(h) n .
+
+    Two evaluations. The noise is additive in the coordinate `sigma^2`, so laws are right to second
+    order. `solve_adaptive` takes the same step with a size of its own.
+    """
+
+    num_noises: ClassVar[int] = 1
+
+    def step(self, stage: Stage, x: Event, memory: Memory) -> tuple[Event, Memory]:
+        h = stage.sigma**2 - stage.sigma_next**2
+        return improved_euler(stage, x, jnp.sqrt(h) * stage.noise[0])[1], memory
+
+
+def improved_euler(stage: Stage, x: Event, increment: Event) -> tuple[Event, Event]:
+    """Euler's step and the improved one, with an `increment` of Brownian motion in `sigma^2`."""
+    denoise, sigma, sigma_next, _ = stage
+    h = sigma**2 - sigma_next**2
+    slope = (denoise(x, sigma) - x) / sigma**2
+    ahead = x + h * slope + increment
+    slope_next = (denoise(ahead, sigma_next) - ahead) / sigma_next**2
+    return ahead, x + h * (slope + slope_next) / 2 + increment
+
+
 class Churned(AbstractSampler):
     """Heun's step from a level raised by fresh noise (Karras et al. 2022, eq. 6 and algorithm 2).
 
@@ -292,61 +253,3 @@ class Churned(AbstractSampler):
         # sqrt(raised^2 - sigma^2), where rounding could leave the root of a negative number.
         added = sigma * jnp.sqrt(churn * (2 + churn)) * self.noise_scale
         return Heun().step(stage._replace(sigma=raised), x + added * noise[0], memory)
-
-
-@eqx.filter_jit
-def solve(
-    denoiser: AbstractDenoiser,
-    x_init: Event,
-    *,
-    key: Key,
-    sigmas: Float[Array, " num_levels"],
-    sampler: AbstractSampler,
-    context: Context = None,
-) -> Event:
-    """Carry one event `x_init` at noise level `sigmas[0]` down to `sigmas[-1]`."""
-    if sigmas.shape[0] < 2:
-        raise ValueError(f"sigmas must hold at least two levels, got {sigmas.shape[0]}")
-    sigmas = sigmas.astype(x_init.dtype)
-
-    def denoise(x: Event, sigma: Scalar) -> Event:
-        return denoiser(x, sigma, context)
-
-    def step(carry: tuple[Event, Memory], level: tuple[Scalar, Scalar, Key]) -> tuple:
-        sigma, sigma_next, step_key = level
-        noise = jax.random.normal(step_key, (sampler.num_noises, *x_init.shape), x_init.dtype)
-        return sampler.step(Stage(denoise, sigma, sigma_next, noise), *carry), None
-
-    keys = jax.random.split(key, sigmas.shape[0] - 1)
-    (x, _), _ = jax.lax.scan(step, (x_init, sampler.init(x_init)), (sigmas[:-1], sigmas[1:], keys))
-    return x
-
-
-@eqx.filter_jit
-def sample(
-    denoiser: AbstractDenoiser,
-    moments: Moments,
-    num_samples: int,
-    *,
-    key: Key,
-    sigmas: Float[Array, " num_levels"],
-    sampler: AbstractSampler,
-    context: Context = None,
-    denoise_last: bool = False,
-) -> Float[Array, "num_samples *event"]:
-    """Draw `num_samples` events, [num_samples, *event], in data units.
-
-    Starts from the moment-matched `N(m, C + sigmas[0]^2 I)`, right to second order at any level
-    ("How much is enough?", Franzese et al. 2023); moments with zero eigenvalues and mean give the
-    usual `N(0, sigmas[0]^2 I)`. `sigmas` comes from a grid, `LogGrid(0.01, 100.0)(32)`. `context`
-    is shared by all draws.
-    """
-    check_count("num_samples", num_samples)
-
-    def one(key: Key) -> Event:
-        start, steps = jax.random.split(key)
-        x = moments.sample(start, sigmas[0])
-        x = solve(denoiser, x, key=steps, sigmas=sigmas, sampler=sampler, context=context)
-        return denoiser(x, sigmas[-1], context) if denoise_last else x
-
-    return jax.vmap(one)(jax.random.split(key, num_samples))
