@@ -17,6 +17,12 @@ from scoreprior.denoise.adapt import (
 )
 from scoreprior.denoise.base import AbstractDenoiser, Conditioned, Noised, Rescaled
 from scoreprior.denoise.calibrate import Calibrated
+from scoreprior.denoise.energy import (
+    AbstractGain,
+    EnergyNetwork,
+    InnerProduct,
+    SquaredDistance,
+)
 from scoreprior.denoise.exact import AbstractExact, Empirical, Gaussian, GaussianMixture, Smoothed
 from scoreprior.denoise.network import Network
 
@@ -25,6 +31,7 @@ __all__ = [
     "VP",
     "AbstractDenoiser",
     "AbstractExact",
+    "AbstractGain",
     "AbstractPrediction",
     "AbstractSchedule",
     "Calibrated",
@@ -33,15 +40,18 @@ __all__ = [
     "Cosine",
     "Discrete",
     "Empirical",
+    "EnergyNetwork",
     "FlowMatching",
     "Gaussian",
     "GaussianMixture",
+    "InnerProduct",
     "Network",
     "NoisePrediction",
     "Noised",
     "Rescaled",
     "ScorePrediction",
     "Smoothed",
+    "SquaredDistance",
     "SubVP",
     "VPrediction",
     "VelocityPrediction",

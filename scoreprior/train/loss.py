@@ -35,14 +35,14 @@ class AbstractTarget(eqx.Module):
     """A random event whose weighted mean given `x_t` is the denoiser sought."""
 
     @abstractmethod
-    def __call__(self, x: Event, x_t: Event, sigma: Scalar) -> Goal:
-        """The target for clean `x` seen as `x_t` at level `sigma`."""
+    def __call__(self, x: Event, x_t: Event, sigma: Scalar, context: Context = None) -> Goal:
+        """The target for clean `x`, of this context, seen as `x_t` at level `sigma`."""
 
 
 class Clean(AbstractTarget):
     """The clean event itself: denoising score matching (Vincent, Neural Comput. 23, 2011)."""
 
-    def __call__(self, x: Event, x_t: Event, sigma: Scalar) -> Goal:
+    def __call__(self, x: Event, x_t: Event, sigma: Scalar, context: Context = None) -> Goal:
         return Goal(x, jnp.ones_like(sigma))
 
 
@@ -60,9 +60,28 @@ class TargetScore(AbstractTarget):
     def __check_init__(self) -> None:
         check_positive("spread", self.spread)
 
-    def __call__(self, x: Event, x_t: Event, sigma: Scalar) -> Goal:
+    def __call__(self, x: Event, x_t: Event, sigma: Scalar, context: Context = None) -> Goal:
         k = self.spread**2 / (self.spread**2 + sigma**2)
         value = (1 - k) * x + k * (x_t + sigma**2 * self.score(x))
+        return Goal(value, jnp.ones_like(sigma))
+
+
+class Teacher(AbstractTarget):
+    """What another denoiser says: distillation, with no noise in the target.
+
+    With metric `|.|^2 / sigma^4` and an `EnergyNetwork` it is `E |grad E_theta + s_teacher|^2`, the
+    projection of the teacher's score on gradients (Thornton et al., "Composition and control with
+    distilled energy diffusion models and sequential Monte Carlo", AISTATS 2025). Its gradient has
+    the mean of that of `Clean` where the teacher is exact, and less variance: none at the optimum,
+    if the student can follow.
+
+    **Arguments:** `denoiser`, the teacher; it is not trained.
+    """
+
+    denoiser: AbstractDenoiser
+
+    def __call__(self, x: Event, x_t: Event, sigma: Scalar, context: Context = None) -> Goal:
+        value = jax.lax.stop_gradient(self.denoiser(x_t, sigma, context))
         return Goal(value, jnp.ones_like(sigma))
 
 
@@ -166,7 +185,7 @@ class DenoisingLoss(AbstractLoss):
         noise_key, *keys = jax.random.split(key, 1 + len(self.regularisers))
         sigma = self.levels(u)
         x_t = x + sigma * jax.random.normal(noise_key, x.shape, x.dtype)
-        goal = self.target(x, x_t, sigma)
+        goal = self.target(x, x_t, sigma, context)
         error = denoiser(x_t, sigma, context) - goal.value
         loss = goal.weight * self.metric(error, sigma)
         for regulariser, k in zip(self.regularisers, keys, strict=True):
