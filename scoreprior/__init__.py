@@ -17,6 +17,7 @@ from scoreprior import denoise, guide, nn, sample, train, vi
 from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.density import (
     BoundDensity,
+    EnergyDensity,
     Exact,
     FlowDensity,
     Hutchinson,
@@ -82,6 +83,7 @@ __all__ = [
     "Diagonal",
     "DynamicHMC",
     "EllipticalSlice",
+    "EnergyDensity",
     "Exact",
     "FeynmanKac",
     "FixedGrid",

@@ -61,9 +61,9 @@ class EnergyNetwork(AbstractDenoiser):
         D(x, sigma) = m + R diag(lam / a^2) R' (x - m) + sigma^2 R diag(1 / a) R' grad_u gain,
 
     letters as in the module's head, with `s^2 = mean(lam)` and `S = R diag(sqrt(lam) / sigma) R'`.
-    A network that returns zeros gives Gaussian data. `energy` is `-log p_sigma` up to a constant for
-    each `sigma` and context, which training leaves free: energies of two levels, or of two contexts,
-    must not be compared.
+    A network that returns zeros gives Gaussian data. `energy` is `-log p_sigma` up to a constant
+    for each `sigma` and context, which training leaves free: energies of two levels, or of two
+    contexts, must not be compared.
 
     **Arguments:** `net(x, log_sigma, context)` and `moments`, as for `Network`; its second
     derivative must exist (`nn.ResidualMLP` and `nn.UNet` are smooth). `gain`, `InnerProduct()` or
