@@ -13,7 +13,7 @@ Six nouns, one verb each:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreprior import denoise, guide, nn, sample, train, vi
+from scoreprior import denoise, guide, ito, nn, sample, train, vi
 from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.density import (
     BoundDensity,
@@ -115,6 +115,7 @@ __all__ = [
     "denoise",
     "guide",
     "infer",
+    "ito",
     "load",
     "load_images",
     "load_metadata",

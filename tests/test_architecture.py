@@ -18,7 +18,7 @@ MAX_LINES = 399
 LADDER = (
     {"_typing", "_util", "gaussian", "operators"},
     {"denoise", "nn", "observation", "solver"},
-    {"density", "flow", "sample", "train"},
+    {"density", "flow", "ito", "sample", "train"},
     {"io", "prior"},
     {"_psis", "_run", "guide", "problem"},
     {"mcmc", "smc", "vi"},

@@ -17,6 +17,7 @@ from scoreprior.denoise.adapt import (
 )
 from scoreprior.denoise.base import AbstractDenoiser, Conditioned, Noised, Rescaled
 from scoreprior.denoise.calibrate import Calibrated
+from scoreprior.denoise.conservative import Asymmetry, asymmetry
 from scoreprior.denoise.energy import (
     AbstractGain,
     EnergyNetwork,
@@ -34,6 +35,7 @@ __all__ = [
     "AbstractGain",
     "AbstractPrediction",
     "AbstractSchedule",
+    "Asymmetry",
     "Calibrated",
     "CleanPrediction",
     "Conditioned",
@@ -55,4 +57,5 @@ __all__ = [
     "SubVP",
     "VPrediction",
     "VelocityPrediction",
+    "asymmetry",
 ]

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from scoreprior._typing import Context, Event, Key, Scalar
 from scoreprior._util import check_positive
 from scoreprior.denoise.base import AbstractDenoiser
+from scoreprior.denoise.conservative import products
 from scoreprior.gaussian import Moments
 from scoreprior.train.levels import AbstractLevels
 
@@ -148,13 +149,8 @@ class Conservative(AbstractRegulariser):
         self, denoiser: AbstractDenoiser, x_t: Event, sigma: Scalar, context: Context, key: Key
     ) -> Scalar:
         v = jax.random.rademacher(key, x_t.shape, x_t.dtype)
-
-        def denoise(x: Event) -> Event:
-            return denoiser(x, sigma, context)
-
-        _, forward = jax.jvp(denoise, (x_t,), (v,))
-        _, pullback = jax.vjp(denoise, x_t)
-        return self.weight * jnp.mean((pullback(v)[0] - forward) ** 2) / 2
+        forward, backward = products(denoiser, x_t, sigma, context, v)
+        return self.weight * jnp.mean((backward - forward) ** 2) / 2
 
 
 class AbstractLoss(eqx.Module):
