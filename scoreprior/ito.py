@@ -11,9 +11,9 @@ for a draw `x'` of a kernel `P(x' | x)` and the kernel of noising, `F(x | x') = 
 
     log q(x_n) = log q(x_0) + sum log P(x' | x) / F(x | x'),
 
-which is the formula above for `P = N(x + h s, h I)`. Here `P = N(x + h s, h R diag(rho) R')` has the
-mean of the exact reverse kernel for any data, and its covariance for Gaussian data with the moments
-given: `rho = (lam + sigma'^2) / (lam + sigma^2)`. Then Gaussian data need one step.
+which is the formula above for `P = N(x + h s, h I)`. Here `P = N(x + h s, h R diag(rho) R')` with
+`rho = (lam + sigma'^2) / (lam + sigma^2)` has the mean of the exact reverse kernel for any data,
+and its covariance for Gaussian data with the moments given: then one step is exact.
 """
 
 from typing import NamedTuple
@@ -57,10 +57,12 @@ def sample_with_log_density(
     the draws are importance samples, and the weights `log f(x) - log_density` have the evidence as
     their mean. Its variance is that of the paths, and falls as the steps become finer.
 
-    Starts from the moment-matched `N(m, C + sigmas[0]^2 I)`, as `sample.sample` does. **Arguments:**
-    `moments` of the data; `sigmas`, decreasing noise levels in data units, `LogGrid(0.01, 100.0)(64)`
-    for example; `context`, shared by all draws. Raises `ValueError` for levels that are too few, not
-    positive or not decreasing.
+    Starts from the moment-matched `N(m, C + sigmas[0]^2 I)`, as `sample.sample` does.
+
+    **Arguments:** `moments` of the data; `sigmas`, decreasing noise levels in data units, the last
+    of them that of the draws, such as `LogGrid(0.01, 100.0)(64)`; `context`, shared by all draws.
+
+    **Errors:** `ValueError` for levels that are too few, not positive or not decreasing.
     """
     check_count("num_samples", num_samples)
     sigmas = jnp.asarray(sigmas)

@@ -101,7 +101,6 @@ def test_the_penalty_makes_a_network_more_conservative():
         ).denoiser
         x_t = draws(MIXTURE, 1000, jax.random.key(7)) + 0.5 * X_T[:1000, 0]
         found.append(float(asymmetry(denoiser, x_t, 0.5, key=KEY, num_probes=4).value))
-    print(found)
     assert found[1] < 0.5 * found[0]
 
 
