@@ -262,6 +262,16 @@ def test_gradients_of_distillation_are_those_of_score_matching_with_less_varianc
     assert float(plain.var(0).sum() / projected.var(0).sum()) > factor
 
 
+def test_a_teacher_is_told_the_context_and_is_not_trained():
+    teacher = EnergyNetwork(random_net(context_size=3), MIXTURE_MOMENTS)
+    loss = DenoisingLoss(LEVELS, Residual(MIXTURE_MOMENTS), Teacher(teacher))
+    value = lambda loss, student: loss(student, X[0], jnp.asarray(0.5), jnp.arange(3.0), key=KEY)
+    assert float(value(loss, teacher)) == 0
+    assert float(value(loss, student())) > 1e-3
+    slopes = eqx.filter_grad(value)(loss, student())
+    assert all(not jnp.any(leaf) for leaf in jax.tree.leaves(slopes.target))
+
+
 def flow_of(denoiser):
     moments = getattr(denoiser, "moments", None)
     return Flow(denoiser, moments() if callable(moments) else moments, sigma_min=0.1)
