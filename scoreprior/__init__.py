@@ -13,11 +13,12 @@ Six nouns, one verb each:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreprior import denoise, feynman_kac, guide, nn, sample, train, vi
+from scoreprior import denoise, feynman_kac, guide, ito, nn, sample, train, vi
 from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.composition import Composition, compose
 from scoreprior.density import (
     BoundDensity,
+    EnergyDensity,
     Exact,
     FlowDensity,
     Hutchinson,
@@ -87,6 +88,7 @@ __all__ = [
     "Diagonal",
     "DynamicHMC",
     "EllipticalSlice",
+    "EnergyDensity",
     "Exact",
     "FeynmanKac",
     "FixedGrid",
@@ -121,6 +123,7 @@ __all__ = [
     "feynman_kac",
     "guide",
     "infer",
+    "ito",
     "load",
     "load_images",
     "load_metadata",

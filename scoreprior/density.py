@@ -6,6 +6,7 @@ the gradient of its flow density; a policy says which of the two a gradient-base
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float
 
 from scoreprior._typing import Event, Scalar, Sigma
 from scoreprior._util import check_count, check_positive
+from scoreprior.denoise.base import energy_of
 from scoreprior.flow import Flow
 
 
@@ -76,6 +78,9 @@ class Hutchinson(AbstractTrace):
 
 class AbstractDensity(eqx.Module):
     """A definition of `log p(x)` for the data side of a flow."""
+
+    is_normalised: ClassVar[bool] = True
+    """Whether the value counts, and not only its differences."""
 
     @abstractmethod
     def log_prob(self, flow: Flow, x: Event) -> Scalar:
@@ -189,6 +194,31 @@ class BoundDensity(AbstractDensity):
         gaussian = (flow.moments.denoise(noisy, sigma) - noisy) / sigma**2
         learned = (flow.denoiser(noisy, sigma) - noisy) / sigma**2
         return radius * jnp.vdot(gaussian - learned, 2 * noise + radius * (gaussian + learned))
+
+
+class EnergyDensity(AbstractDensity):
+    """`log p(x) = -E(x, sigma_min)` up to a constant that nobody knows, by the denoiser's energy.
+
+    For a denoiser with an `energy`: an `EnergyNetwork`, an exact denoiser, or one made of these.
+    One evaluation and its gradient, which is the score at `sigma_min`, so that value and gradient
+    agree; no flow is solved. It is the law of the energy, which for a trained network is not quite
+    that of its flow, and draws of the prior follow the flow.
+
+    The constant cancels in what compares points under one prior: Metropolis and Hamiltonian
+    kernels, optimisation, conditional posteriors, and the evidence by `TemperedSMC` and
+    `PersistentSMC`, which only ever averages likelihoods. It does not cancel in a mixture of
+    priors, in a comparison of priors by `log_prob`, or where parameters of the denoiser are
+    unknown too: use `FlowDensity` there. `VI` and `Pathfinder` in the centred form report no
+    evidence. In the non-centred form no engine computes a density.
+
+    Raises `NotImplementedError` for a denoiser without an energy.
+    """
+
+    is_normalised: ClassVar[bool] = False
+
+    def log_prob(self, flow: Flow, x: Event) -> Scalar:
+        """`-E(x, sigma_min)`."""
+        return -energy_of(flow.denoiser)(x, jnp.asarray(flow.sigma_min, x.dtype))
 
 
 class ScoreOnly(AbstractDensity):

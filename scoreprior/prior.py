@@ -81,8 +81,8 @@ class ScorePrior(dist.TransformedDistribution):
     `sample` pushes standard-normal noise through the probability flow; `log_prob(x)` is the log
     density, in nats, of `X + sigma_min N` under `density`. Everything is in data units.
 
-    **Arguments:** `flow`, a `Flow`; `density`, a policy: `FlowDensity()`, `BoundDensity(...)` or
-    `ScoreOnly()`; `validate_args`, as everywhere in NumPyro.
+    **Arguments:** `flow`, a `Flow`; `density`, a policy: `FlowDensity()`, `BoundDensity(...)`,
+    `EnergyDensity()` or `ScoreOnly()`; `validate_args`, as everywhere in NumPyro.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}

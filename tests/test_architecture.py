@@ -18,7 +18,7 @@ MAX_LINES = 399
 LADDER = (
     {"_typing", "_util", "gaussian", "operators"},
     {"denoise", "nn", "observation", "solver"},
-    {"density", "feynman_kac", "flow", "sample", "train"},
+    {"density", "feynman_kac", "flow", "ito", "sample", "train"},
     {"composition", "io", "prior"},
     {"_psis", "_run", "guide", "problem"},
     {"mcmc", "smc", "vi"},

@@ -57,11 +57,19 @@ def moved():
     )
 
 
+def energy():
+    net = ResidualMLP((2,), width=8, num_blocks=1, embedding_size=8, key=jax.random.key(0))
+    moments = mixture().moments()
+    denoiser = sp.denoise.EnergyNetwork(net, moments, sp.denoise.SquaredDistance())
+    return sp.ScorePrior(flow(denoiser, moments).flow, sp.EnergyDensity())
+
+
 ROUND_TRIPS = {
     **PRIORS,
     "score gradient": build(mixture(), SCORE),
     "probes": build(mixture(), sp.FlowDensity(sp.Hutchinson(3, seed=5))),
     "bound": build(mixture(), sp.BoundDensity(8, seed=2)),
+    "energy": energy(),
     "shared covariance": flow(
         sp.denoise.GaussianMixture.shared(
             jnp.array([0.5, 0.5]), jnp.array([[0.0, 1.0], [2.0, 3.0]]), jnp.eye(2)

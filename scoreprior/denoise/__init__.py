@@ -17,6 +17,13 @@ from scoreprior.denoise.adapt import (
 )
 from scoreprior.denoise.base import AbstractDenoiser, Conditioned, Noised, Rescaled
 from scoreprior.denoise.calibrate import Calibrated
+from scoreprior.denoise.conservative import Asymmetry, asymmetry
+from scoreprior.denoise.energy import (
+    AbstractGain,
+    EnergyNetwork,
+    InnerProduct,
+    SquaredDistance,
+)
 from scoreprior.denoise.exact import AbstractExact, Empirical, Gaussian, GaussianMixture, Smoothed
 from scoreprior.denoise.network import Network
 
@@ -25,24 +32,30 @@ __all__ = [
     "VP",
     "AbstractDenoiser",
     "AbstractExact",
+    "AbstractGain",
     "AbstractPrediction",
     "AbstractSchedule",
+    "Asymmetry",
     "Calibrated",
     "CleanPrediction",
     "Conditioned",
     "Cosine",
     "Discrete",
     "Empirical",
+    "EnergyNetwork",
     "FlowMatching",
     "Gaussian",
     "GaussianMixture",
+    "InnerProduct",
     "Network",
     "NoisePrediction",
     "Noised",
     "Rescaled",
     "ScorePrediction",
     "Smoothed",
+    "SquaredDistance",
     "SubVP",
     "VPrediction",
     "VelocityPrediction",
+    "asymmetry",
 ]

@@ -38,6 +38,14 @@ class AbstractDenoiser(eqx.Module):
         """`grad_x log p_sigma(x) = (D - x) / sigma^2`, for `sigma > 0`."""
         return (self(x, sigma, context) - x) / sigma**2
 
+    def energy(self, x: Event, sigma: Sigma, context: Context = None) -> Scalar:
+        """`-log p_sigma(x)` up to a constant for each `sigma` and context, in nats.
+
+        `score` is minus its gradient. Raises `NotImplementedError` for a denoiser that has none: it
+        takes an exact denoiser, an `EnergyNetwork`, or one made of these.
+        """
+        raise NotImplementedError(no_energy(self))
+
     def calibrate(
         self,
         data: Float[Array, "n *event"],
@@ -50,6 +58,23 @@ class AbstractDenoiser(eqx.Module):
         from scoreprior.denoise.calibrate import calibrate
 
         return calibrate(self, data, key=key, sigmas=sigmas, num_draws=num_draws)
+
+
+def energy_of(denoiser: Callable[..., Any]) -> Callable[..., Scalar]:
+    """The method `energy` of a denoiser that may be any callable."""
+    energy = getattr(denoiser, "energy", None)
+    if energy is None:
+        raise NotImplementedError(no_energy(denoiser))
+    return energy
+
+
+def no_energy(denoiser: Any) -> str:
+    """What is said where an energy is asked of a denoiser that has none."""
+    return (
+        f"{type(denoiser).__name__} has no energy: its score need not be the gradient of anything. "
+        "Distil it into an EnergyNetwork (train.Teacher), or take a density that needs no energy, "
+        "FlowDensity()"
+    )
 
 
 class Conditioned(AbstractDenoiser):
@@ -66,6 +91,11 @@ class Conditioned(AbstractDenoiser):
         if context is not None:
             raise ValueError("context is already fixed in Conditioned; pass context=None")
         return self.denoiser(x, sigma, self.context)
+
+    def energy(self, x: Event, sigma: Sigma, context: Context = None) -> Scalar:
+        if context is not None:
+            raise ValueError("context is already fixed in Conditioned; pass context=None")
+        return self.denoiser.energy(x, sigma, self.context)
 
 
 class Rescaled(AbstractDenoiser):
@@ -95,6 +125,10 @@ class Rescaled(AbstractDenoiser):
         inner = self.denoiser((x - self.loc) / self.scale, sigma / self.scale, context)
         return self.loc + self.scale * inner
 
+    def energy(self, x: Event, sigma: Sigma, context: Context = None) -> Scalar:
+        """`E((x - loc) / scale, sigma / scale)`: without the constant `size log scale`."""
+        return self.denoiser.energy((x - self.loc) / self.scale, sigma / self.scale, context)
+
 
 class Noised(AbstractDenoiser):
     """The denoiser of `X + level N`, for `X` denoised by `denoiser`.
@@ -121,3 +155,9 @@ class Noised(AbstractDenoiser):
         above = jnp.sqrt(sigma**2 + self.level**2)
         given = () if context is None else (context,)
         return x + (sigma / above) ** 2 * (self.denoiser(x, above, *given) - x)
+
+    def energy(self, x: Event, sigma: Sigma, context: Context = None) -> Scalar:
+        """`E(x, sqrt(sigma^2 + level^2))`."""
+        above = jnp.sqrt(sigma**2 + self.level**2)
+        given = () if context is None else (context,)
+        return energy_of(self.denoiser)(x, above, *given)

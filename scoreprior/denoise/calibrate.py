@@ -51,6 +51,10 @@ class Calibrated(AbstractDenoiser):
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         return self.denoiser(x, sigma, context) - self.bias_at(sigma)
 
+    def energy(self, x: Event, sigma: Sigma, context: Context = None) -> Scalar:
+        """`E(x, sigma) + b(sigma)'x / sigma^2`: a bias of the score tilts the energy."""
+        return self.denoiser.energy(x, sigma, context) + jnp.vdot(self.bias_at(sigma), x) / sigma**2
+
     def bias_at(self, sigma: Sigma) -> Event:
         """`b(sigma)`, [*event]."""
         rows = jax.vmap(lambda s, b: b / self._unit(s))(self.sigmas, self.bias)

@@ -36,6 +36,10 @@ class AbstractExact(AbstractDenoiser):
     def moments(self) -> Moments:
         """Exact mean and covariance of clean data."""
 
+    def energy(self, x: Event, sigma: Sigma, context: Context = None) -> Scalar:
+        """`-log p_sigma(x)`, constant and all."""
+        return -self.log_prob(x, sigma)
+
     def covariance(self, x: Event, sigma: Sigma) -> Float[Array, "size size"]:
         """`Cov[X | x_t = x] = sigma^2 dD/dx` over flattened events (Tweedie's formula)."""
         jacobian = jax.jacfwd(lambda flat: self(flat.reshape(x.shape), sigma).ravel())(x.ravel())
@@ -291,6 +295,12 @@ class Smoothed(AbstractDenoiser):
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         inputs = x[None] + self.scale * self.perturbations
         return jnp.mean(jax.vmap(lambda z: self.denoiser(z, sigma, context))(inputs), 0)
+
+    def energy(self, x: Event, sigma: Sigma, context: Context = None) -> Scalar:
+        """`1/M sum_m E(x + h xi_m, sigma) - h xi_m'x / sigma^2`, the last term of mean zero."""
+        offsets = self.scale * self.perturbations
+        energies = jax.vmap(lambda z: self.denoiser.energy(z, sigma, context))(x[None] + offsets)
+        return jnp.mean(energies) - jnp.vdot(jnp.mean(offsets, 0), x) / sigma**2
 
 
 def _gaussian_score(law: Moments, x: Event, sigma: Sigma) -> Event:

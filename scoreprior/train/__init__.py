@@ -15,6 +15,7 @@ from scoreprior.train.loss import (
     Likelihood,
     Residual,
     TargetScore,
+    Teacher,
 )
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "LogUniform",
     "Residual",
     "TargetScore",
+    "Teacher",
     "Unchanged",
     "adamw",
     "fit",

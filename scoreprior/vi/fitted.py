@@ -17,7 +17,7 @@ from scoreprior._util import check_count
 from scoreprior.io import files
 from scoreprior.problem import Position, Problem
 from scoreprior.vi.diagnose import diagnose, warn_k_hat, warn_not_finite
-from scoreprior.vi.frame import Frame
+from scoreprior.vi.frame import Frame, is_normalised
 from scoreprior.vi.guides import IAF, AbstractGuide, FullRank, LowRank, MeanField
 from scoreprior.vi.optimise import describe
 from scoreprior.vi.paths import Paths
@@ -70,8 +70,10 @@ class FittedGuide(eqx.Module):
 
         `stats` hold `lp`, the log joint density, and `log_weight`, `lp - log q`. `extra` holds
         `elbo`, `log_evidence`, their standard errors `elbo_se` and `log_evidence_se`, and `khat`,
-        all of `num_samples` fresh draws, and the `bound` at every step of the fit. With `resample`,
-        draws are taken anew from these by their Pareto-smoothed weights.
+        all of `num_samples` fresh draws, and the `bound` at every step of the fit. Of these only
+        `khat` and `bound`, up to a constant, where the density of a prior lacks its constant: in
+        the centred form of one with an `EnergyDensity`. With `resample`, draws are taken anew from
+        these by their Pareto-smoothed weights.
 
         Warns where k-hat is too large. Raises `ValueError` for a problem with other sites, in the
         other form or with other data than the one that was fitted, and for a `checkpoint`: there is
@@ -166,6 +168,8 @@ def draw(fitted: FittedGuide, problem: Problem, key: Key, remedy: str, stackleve
     lp = np.asarray(_log_density(problem, positions))
     log_weight = lp - np.asarray(log_q)
     extra, weights = diagnose(log_weight)
+    if not is_normalised(problem):
+        extra = {"khat": extra["khat"]}
     extra["bound"] = (fitted.guide.history_axis,), np.asarray(fitted.history)
     stats = {"lp": lp, "log_weight": log_weight}
     warn_not_finite(log_weight, stacklevel + 1)

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from scoreprior._typing import Key, Scalar
-from scoreprior.density import FlowDensity
+from scoreprior.density import AbstractDensity, FlowDensity
 from scoreprior.prior import ProbabilityFlow
 from scoreprior.problem import Position, Problem
 from scoreprior.problem.sites import peel
@@ -115,8 +115,24 @@ def form(problem: Problem, centred: bool) -> Problem:
     return with_density
 
 
+def is_normalised(problem: Problem) -> bool:
+    """Whether the joint density of `problem` is known with its constant."""
+    if not problem.is_centred:
+        return True
+    return all(d.is_normalised for found in _densities(problem).values() for d in found)
+
+
 def _with_score_gradient(problem: Problem) -> list[str]:
-    names: list[str] = []
+    return [
+        name
+        for name, densities in _densities(problem).items()
+        if any(isinstance(d, FlowDensity) and d.gradient is not None for d in densities)
+    ]
+
+
+def _densities(problem: Problem) -> dict[str, list[AbstractDensity]]:
+    """The density policies of every prior site."""
+    found: dict[str, list[AbstractDensity]] = {}
 
     def look() -> None:
         sites = problem.trace(problem.constrain(problem.initial(jax.random.key(0))))
@@ -126,12 +142,10 @@ def _with_score_gradient(problem: Problem) -> list[str]:
                 for transform in peel(sites[name]["fn"])[0].transforms
                 if isinstance(transform, ProbabilityFlow)
             ]
-            densities = [flow.density for flow in flows]
-            if any(isinstance(d, FlowDensity) and d.gradient is not None for d in densities):
-                names.append(name)
+            found[name] = [flow.density for flow in flows]
 
     jax.eval_shape(look)
-    return names
+    return found
 
 
-__all__ = ["Frame", "check_start", "form", "start"]
+__all__ = ["Frame", "check_start", "form", "is_normalised", "start"]
