@@ -22,7 +22,6 @@ from scoreprior.feynman_kac import (
     Composed,
     Factor,
     Levels,
-    NoControl,
     Resampling,
     Trapezoid,
     VarianceControl,
@@ -130,8 +129,7 @@ class Composition(dist.Distribution):
             Factor(p.flow.denoiser, p.flow.moments, jnp.asarray(p.sigma_min, beta.dtype), beta)
             for p, beta in zip(self.priors, self.exponents, strict=True)
         )
-        uncontrolled = is_prior and isinstance(control, NoControl)
-        levels = (Levels.half_noise if uncontrolled else Levels.full_noise)(low, sigmas)
+        levels = Levels.full_noise(low, sigmas)
         return Composed(factors, levels, weight, control, **tilt)
 
     def _listed(self) -> list[float]:

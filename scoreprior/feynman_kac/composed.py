@@ -11,19 +11,18 @@ likelihood: annealing (`beta != 1`), geometric averages and classifier-free guid
 
     x' = x + h (S + b + grad tau) + sqrt(h) n,     S = sum_i beta_i s_i,    h = r^2 - r'^2,
 
-with `b` a drift that `control` adds. Without twist the log weight has the rate (Skreta et al.
+with `b` a drift that `control` adds, and `S + b` extrapolated to the middle of the step from the
+step before (Adams-Bashforth), which makes the law of second order at one evaluation. Without twist the log weight has the rate (Skreta et al.
 2025, "Feynman-Kac correctors in diffusion", whose propositions are cases of it)
 
     g = (|S|^2 - sum_i beta_i |s_i|^2) / 2 + S . b + div b
 
-per unit of `r^2`, integrated over a step by an `AbstractWeight`. The twist is on top of that chain,
-whose kernel has mean `m` and variance `V`: the move has mean `m + V grad tau`, and
+per unit of `r^2`, integrated over a step by an `AbstractWeight`. The twist is on top of that chain:
 
-    tau'(x') - tau(x) - sqrt(V) n . grad tau - V |grad tau|^2 / 2
+    tau'(x') - tau(x) - sqrt(h) n . grad tau - h |grad tau|^2 / 2
 
 corrects for any twist and any direction in place of its gradient, without bias. For one factor with
-`beta = 1` and no control nothing else is left, and the noise of a step is that of
-`Levels.half_noise`.
+`beta = 1` and no control nothing else is left.
 """
 
 from collections.abc import Callable
@@ -43,7 +42,11 @@ from scoreprior.feynman_kac.weight import AbstractWeight, Moved, Scores, dots
 from scoreprior.gaussian import Moments
 
 Twist = Callable[[Callable[[Event], Event], Event, Scalar], tuple[Scalar, Event]]
-"""`twist(denoise, x, r) -> (tau, direction)`, with `denoise(x) = x + r^2 S(x)`."""
+"""`twist(denoise, x, sigma) -> (tau, direction)`.
+
+With `B = sum_i beta_i` a product at level `r` is, as far as it is Gaussian, the product at level
+zero with noise `sigma = r / sqrt(B)`, whose denoiser is `x + sigma^2 S(x)`.
+"""
 
 
 class Factor(eqx.Module):
@@ -69,6 +72,7 @@ class Known(NamedTuple):
     scores: Scores
     tau: Scalar
     direction: Event | None  # of the twist
+    drift: Event  # S + b of the last step
     rate: Scalar  # of the log weight over the last step, without control
     response: Float[Array, " basis"]  # its derivative in theta
 
@@ -130,28 +134,31 @@ class Composed(eqx.Module):
     def _step(
         self, k: Int[Array, ""], is_last: bool, theta: Array, key: Key, x: Event, known: Known
     ) -> Any:
-        h, V = self.levels.h[k], self.levels.V[k]
+        h = self.levels.h[k]
         key_noise, key_probe = jax.random.split(key)
         noise = jax.random.normal(key_noise, x.shape, x.dtype)
-        moved = x + h * known.scores.drift(theta) + jnp.sqrt(V) * noise
+        drift = known.scores.drift(theta)
+        ahead = jnp.where(k == 0, 0.0, h / (2 * self.levels.h[k - 1]))
+        extrapolated = drift + ahead * (drift - known.drift)
+        moved = x + h * extrapolated + jnp.sqrt(h) * noise
         if known.direction is not None:
-            moved = moved + V * known.direction
-        # Without control the scores after the last step would have no use but in a trapezoid.
+            moved = moved + h * known.direction
         r = jnp.zeros_like(h) if is_last else self.levels.r[k + 1]
         new = self._know(moved, r, key_probe, is_last)
-        log_g, response = self.weight.log_g(Moved(known.scores, new.scores, theta, h, moved - x))
+        step = Moved(known.scores, new.scores, theta, h, extrapolated, moved - x)
+        log_g, response = self.weight.log_g(step)
         if known.direction is not None:
-            tilt = jnp.sqrt(V) * jnp.sum(noise * known.direction)
-            log_g = log_g - tilt - V / 2 * jnp.sum(known.direction**2)
+            tilt = jnp.sqrt(h) * jnp.sum(noise * known.direction)
+            log_g = log_g - tilt - h / 2 * jnp.sum(known.direction**2)
             response = response + h * dots(known.scores.bases, known.direction)
         log_g = log_g + new.tau - known.tau
         rate = log_g - theta @ response
-        return moved, log_g, new._replace(rate=rate, response=response)
+        return moved, log_g, new._replace(drift=drift, rate=rate, response=response)
 
     def _know(self, x: Event, r: Scalar, key: Key, is_last: bool = False) -> Known:
         scores = self._scores(x, r, key)
-        nothing = jnp.zeros_like(scores.squares), jnp.zeros_like(scores.divergence)
-        zero = nothing[0]
+        zero = jnp.zeros_like(scores.squares)
+        nothing = jnp.zeros_like(x), zero, jnp.zeros_like(scores.divergence)
         if is_last:
             tau = zero if self.log_likelihood is None else self.log_likelihood(x)
             direction = None if self.twist is None else jnp.zeros_like(x)
@@ -159,10 +166,12 @@ class Composed(eqx.Module):
         if self.twist is None:
             return Known(scores, zero, None, *nothing)
 
-        def denoise(x: Event) -> Event:
-            return x + r**2 * self._sum(x, r)[0]
+        total = sum(factor.exponent for factor in self.factors)
 
-        return Known(scores, *self.twist(denoise, x, r), *nothing)
+        def denoise(x: Event) -> Event:
+            return x + r**2 / total * self._sum(x, r)[0]
+
+        return Known(scores, *self.twist(denoise, x, r / jnp.sqrt(total)), *nothing)
 
     def _sum(self, x: Event, r: Scalar) -> tuple[Event, Scalar]:
         """`S` and `sum_i beta_i |s_i|^2`."""

@@ -40,6 +40,7 @@ class Moved(NamedTuple):
     after: Scores
     theta: Float[Array, " basis"]
     h: Scalar
+    drift: Event  # by which the particle moved, that of the twist apart
     displacement: Event
 
 
@@ -75,7 +76,8 @@ class KernelRatio(AbstractWeight):
     """The ratio of the kernels of the step (He et al. 2025, "RNE: plug-and-play diffusion").
 
     With `P_i = N(x + h s_i, h)` the reverse step of factor `i`, `F = N(x', h)` its noising,
-    `M = N(x + h (S + b), h)` and `L = N(x' - h b', h)` the noising that goes with `M`,
+    `M = N(x + h a, h)` the move, of drift `a`, and `L = N(x' - h b', h)` the noising that goes with
+    it,
 
         log G = sum_i beta_i (log P_i - log F) + log L - log M,
 
@@ -84,10 +86,10 @@ class KernelRatio(AbstractWeight):
     """
 
     def log_g(self, moved: Moved) -> tuple[Scalar, Float[Array, " basis"]]:
-        before, after, theta, h, displacement = moved
+        before, after, theta, h, drift, displacement = moved
         ahead = jnp.tensordot(theta, after.bases, 1)
-        turned = jnp.sum(displacement * (ahead - jnp.tensordot(theta, before.bases, 1)))
-        squares = jnp.sum(before.drift(theta) ** 2) - jnp.sum(ahead**2) - before.squares
+        turned = jnp.sum(displacement * (before.S + ahead - drift))
+        squares = jnp.sum(drift**2) - jnp.sum(ahead**2) - before.squares
         return turned + h / 2 * squares, h * (before.response + after.response) / 2
 
 
