@@ -78,7 +78,7 @@ class Composition(dist.Distribution):
     @property
     def reference(self) -> ScorePrior:
         """The factor with the largest exponent, the first of several."""
-        largest = 0 if is_traced(self.exponents) else int(np.argmax(self.exponents))
+        largest = 0 if is_traced(self.exponents) else int(np.asarray(self.exponents).argmax())
         return self.priors[largest]
 
     @validate_sample
@@ -118,7 +118,7 @@ class Composition(dist.Distribution):
         is_prior = not is_traced(self.exponents) and self._listed() == [1.0]
         if not is_traced(self.exponents) and not is_prior:
             # A step multiplies the distance from a narrow mode by 1 - B (1 - r'^2 / r^2).
-            total = float(jnp.sum(jnp.abs(self.exponents)))
+            total = float(np.abs(np.asarray(self.exponents)).sum())
             least = math.ceil(2 * math.log(high / low) / -math.log1p(-min(0.5, 1 / total) + 1e-9))
             if num_steps < least:
                 raise ValueError(

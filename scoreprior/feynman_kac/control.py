@@ -63,8 +63,8 @@ class VarianceControl(AbstractControl):
     ) -> Float[Array, " basis"]:
         weights = jax.nn.softmax(log_weights)
         rate = rate - weights @ rate
-        response = response - weights @ response
-        weighted = response.T * weights
+        response = response - (weights @ response)[None]
+        weighted = response.T * weights[None]
         values, vectors = jnp.linalg.eigh(weighted @ response)
         # The bases are parallel where the target is Gaussian: then only their sum is known.
         known = values > 1e3 * jnp.finfo(values.dtype).eps * values[-1]
