@@ -84,8 +84,10 @@ class Composition(dist.Distribution):
     @validate_sample
     def log_prob(self, value: Array) -> Array:
         """`sum_i beta_i log q_i(value)`, without the normaliser, nats [*batch]."""
-        terms = zip(self.exponents, self.priors, strict=True)
-        return sum(beta * prior.log_prob(value) for beta, prior in terms)
+        total = jnp.zeros((), self.exponents.dtype)
+        for beta, prior in zip(self.exponents, self.priors, strict=True):
+            total = total + beta * prior.log_prob(value)
+        return total
 
     def log_ratio(self, value: Array) -> Array:
         """`log_prob(value)` less that of the `reference`, which is not solved for twice."""

@@ -35,7 +35,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from scoreprior._typing import Event, Key, Scalar
-from scoreprior.denoise.base import AbstractDenoiser
 from scoreprior.feynman_kac.control import AbstractControl
 from scoreprior.feynman_kac.engine import FeynmanKacModel, over
 from scoreprior.feynman_kac.levels import Levels
@@ -53,7 +52,7 @@ zero with noise `sigma = r / sqrt(B)`, whose denoiser is `x + sigma^2 S(x)`.
 class Factor(eqx.Module):
     """A diffusion model to a power: the law of `denoiser` at `sigma_min`, to the `exponent`."""
 
-    denoiser: AbstractDenoiser
+    denoiser: Callable[..., Event]
     moments: Moments
     sigma_min: Scalar
     exponent: Scalar
@@ -111,13 +110,12 @@ class Composed(eqx.Module):
 
     def gaussian(self, r: Scalar) -> tuple[Event, Scalar]:
         """Mean and variance of the isotropic Gaussian nearest to the product at level `r`."""
-        precisions = [
-            factor.exponent / (jnp.mean(factor.moments.eigenvalues) + factor.sigma(r) ** 2)
-            for factor in self.factors
-        ]
-        variance = 1 / sum(precisions)
-        terms = zip(precisions, self.factors, strict=True)
-        return variance * sum(p * factor.moments.mean for p, factor in terms), variance
+        precision, pull = jnp.zeros_like(r), jnp.zeros_like(self.factors[0].moments.mean)
+        for factor in self.factors:
+            variance = jnp.mean(factor.moments.eigenvalues) + factor.sigma(r) ** 2
+            precision = precision + factor.exponent / variance
+            pull = pull + factor.exponent / variance * factor.moments.mean
+        return pull / precision, 1 / precision
 
     def _first(self, key: Key) -> tuple[Event, Scalar, Known]:
         key_draw, key_probe = jax.random.split(key)

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float
 
 
 class AbstractControl(eqx.Module):
-    """How much of each basis drift `b_j` is added."""
+    """How much of each of `num_bases` basis drifts `b_j` is added."""
 
-    num_bases: eqx.AbstractClassVar[int]
+    num_bases: ClassVar[int]
 
     @abstractmethod
     def solve(
