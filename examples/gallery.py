@@ -1,6 +1,6 @@
 """Pictures of annealing, a product and a posterior: of mixtures in a plane, and of digits.
 
-    python examples/gallery.py --output gallery          # two minutes on two cores
+    python examples/gallery.py --output gallery          # three minutes of one core
 
 In the plane, priors are mixtures of normals, so the law is known at every noise level, and at the
 end in closed form: whole powers and products of mixtures are mixtures, and so are posteriors. A
@@ -295,7 +295,7 @@ def check(name: str, case: Case, found: dict[str, Clouds]) -> None:
             ratio = np.exp(np.asarray(groups) - case.log_evidence)
             se, wrong = standard_error(ratio), ratio.mean() - 1
             print(f"{said}, evidence by {wrong:+.2%} +- {se:.2%}")
-            assert off.max() < 5 * standard_error(means).max(), "the mean must be right"
+            assert z < 5, "the mean must be right"
             assert tv < 0.02, "the masses of modes must be right"
             assert abs(wrong) < 5 * se + 0.01, "the evidence must be right, to the error of steps"
         else:
@@ -360,7 +360,8 @@ def digits(folder: Path, key: jax.Array) -> None:
         x = numpyro.sample("x", prior)
         numpyro.sample("y", dist.Normal(x[:4], DIGITS_NOISE).to_event(2), obs=y)
 
-    tree = sp.infer(model, sp.FeynmanKac(JFPS(prior.flow.moments), 250, 4), y, key=key_post)
+    engine = sp.FeynmanKac(JFPS(prior.flow.moments), 250, 2, 60)
+    tree = sp.infer(model, engine, y, key=key_post, progress=False)
     stats = tree["sample_stats"].to_dataset()
     print(
         f"digits: log evidence {float(stats['log_evidence']):.2f} +- "
