@@ -112,6 +112,13 @@ def test_the_law_and_the_normaliser_are_exact(name, seen):
     check_moments(x, law, share=0.3, bias=0.25)
 
 
+def test_forty_steps_are_right_to_second_order():
+    """A chain of first order is nine per cent off in the covariance."""
+    x, groups = run(compose({GAUSSIAN_PRIOR: 1.0}), num_steps=40, num_particles=5000)
+    check_moments(x, at_level(GAUSSIAN, SIGMA_MIN), bias=0.05)
+    np.testing.assert_allclose(groups, 0.0, atol=1e-3)
+
+
 def test_scores_added_without_weights_are_not_the_product():
     """The negative control: the same moves, all weights equal."""
     factors, laws = CASES["squared mixture"]

@@ -42,10 +42,11 @@ from scoreprior.feynman_kac.weight import AbstractWeight, Moved, Scores, dots
 from scoreprior.gaussian import Moments
 
 Twist = Callable[[Callable[[Event], Event], Event, Scalar], tuple[Scalar, Event]]
-"""`twist(denoise, x, sigma) -> (tau, direction)`.
+"""`twist(denoise, x, r) -> (tau, direction)`.
 
 With `B = sum_i beta_i` a product at level `r` is, as far as it is Gaussian, the product at level
-zero with noise `sigma = r / sqrt(B)`, whose denoiser is `x + sigma^2 S(x)`.
+zero with noise `r / sqrt(B)`, whose denoiser is `x + r^2 / B S(x)`. The noise that is yet to come
+is that of the chain, of level `r`.
 """
 
 
@@ -170,7 +171,7 @@ class Composed(eqx.Module):
         def denoise(x: Event) -> Event:
             return x + r**2 / total * self._sum(x, r)[0]
 
-        return Known(scores, *self.twist(denoise, x, r / jnp.sqrt(total)), *nothing)
+        return Known(scores, *self.twist(denoise, x, r), *nothing)
 
     def _sum(self, x: Event, r: Scalar) -> tuple[Event, Scalar]:
         """`S` and `sum_i beta_i |s_i|^2`."""
