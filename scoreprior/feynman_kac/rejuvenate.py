@@ -1,8 +1,8 @@
 """Rejuvenation: Metropolis moves of resampled particles, where only scores of a law are known.
 
 At every level a cloud has the law `p(x) ~ q(x) exp(tau(x))`, of which the score of `q` and the
-twist `tau` itself are known. A proposal `x*` is accepted with probability `min(1, exp(a))`, and what
-`a` is without a density of `q` makes the difference between the classes here.
+twist `tau` itself are known. A proposal `x*` is accepted with probability `min(1, exp(a))`; what `a`
+is, without a density of `q`, makes the difference between the classes here.
 """
 
 from abc import abstractmethod
@@ -120,8 +120,8 @@ class Renoise(AbstractRejuvenation):
     Noise is added until its level is `factor` times what it was, and taken off by the reverse SDE:
     `x -> x_up -> x*` with `p(x_up | x) p(x* | x_up)` reversible for `q`, as a Gibbs sampler's sweep
     is. So the acceptance ratio is `exp(tau(x*) - tau(x))`, as that of preconditioned Crank-Nicolson
-    moves is, with no density and no gradient; without a twist every proposal is accepted. It asks
-    no score to be a gradient, jumps between modes, and does not slow down with the dimension.
+    moves is, with no density; without a twist every proposal is accepted. No score need be a
+    gradient.
 
     Exact up to the error of the reverse SDE, in `num_levels` steps with half of the noise before
     each score and half after it: for a law narrow against the noise, the worst case, its variance
@@ -130,9 +130,9 @@ class Renoise(AbstractRejuvenation):
     Only for a single prior to the power one: noise added to a product of powers is not that of its
     factors.
 
-    **Arguments:** `factor` above 1, how far to go: about `1 + 1 / sqrt(m)` for `m` data values that
-    the twist has to please; `num_levels`, evaluations of the denoiser on the way down; `num_steps`
-    per resampling.
+    **Arguments:** `factor` above 1, how far to go: the nearer to 1, the more proposals are
+    accepted; no level is higher than the first of the chain. `num_levels`, evaluations of the
+    denoiser on the way down; `num_steps` per resampling.
     """
 
     factor: float

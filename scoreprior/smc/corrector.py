@@ -69,7 +69,8 @@ class FeynmanKac(eqx.Module):
     `VarianceControl()` for a `Composition` and none for a `ScorePrior`. `weight`: how the weights
     of a step are integrated where there is a composition or control. `rejuvenation`: moves of
     particles that have just been resampled, `ScoreLine(...)` or `Renoise(...)` of
-    `scoreprior.feynman_kac`, or none. `batch_size`: particles of a
+    `scoreprior.feynman_kac`, or none; with it the run is exact up to the error of the steps, and
+    the evidence has a bias of order `1 / num_particles`. `batch_size`: particles of a
     group moved at once, all by default, to bound memory. `chunk_size`: steps between two updates of
     the progress bar and of the checkpoint; it does not change the draws.
     """
