@@ -1,8 +1,8 @@
 """Rejuvenation: Metropolis moves of resampled particles, where only scores of a law are known.
 
 At every level a cloud has the law `p(x) ~ q(x) exp(tau(x))`, of which the score of `q` and the
-twist `tau` itself are known. A proposal `x*` is accepted with probability `min(1, exp(a))`; what `a`
-is, without a density of `q`, makes the difference between the classes here.
+twist `tau` itself are known. A proposal `x*` is accepted with probability `min(1, exp(a))`; what
+`a` is, without a density of `q`, makes the difference between the classes here.
 """
 
 from abc import abstractmethod
