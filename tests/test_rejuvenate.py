@@ -97,7 +97,7 @@ def level(chain, least):
         ({NARROW_PRIOR: 1.5, WIDE_PRIOR: 0.7}, ScoreLine(1.2, 30)),
         ({NARROW_PRIOR: 1.5, WIDE_PRIOR: -0.3}, ScoreLine(1.2, 30)),
         ({NARROW_PRIOR: 1.0}, ScoreLine(1.2, 30)),
-        ({NARROW_PRIOR: 1.0}, Renoise(2.0, 8, 10)),
+        ({NARROW_PRIOR: 1.0}, Renoise(1.5, 2, 20)),
     ],
     ids=["product", "quotient", "single", "renoise"],
 )
