@@ -134,13 +134,14 @@ def step(
     state = jax.lax.cond(resampled, draw, lambda state: state, state)
     particles, cache = state.particles, state.cache
     rejuvenated = jnp.zeros_like(size)
-    if model.rejuvenate is not None:
+    rejuvenate = model.rejuvenate
+    if rejuvenate is not None:
         before_moves, due = (particles, cache), resampled
         if axis_name is not None:
             due = jax.lax.pmax(resampled.astype(jnp.int32), axis_name) > 0
         moved = jax.lax.cond(
             due,
-            lambda cloud: model.rejuvenate(key_rejuvenate, state.step, *cloud),
+            lambda cloud: rejuvenate(key_rejuvenate, state.step, *cloud),
             lambda cloud: cloud,
             before_moves,
         )

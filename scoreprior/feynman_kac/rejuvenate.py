@@ -23,7 +23,7 @@ class Place(NamedTuple):
     x: Event
     tau: Scalar
     direction: Event | None  # the gradient of tau or what stands for it
-    score: Event | None  # of q, where the rejuvenation follows it
+    score: Event  # of q; zero unless the rejuvenation follows it
     cache: Any  # of the Feynman-Kac model
 
 
@@ -45,7 +45,7 @@ class AbstractRejuvenation(eqx.Module):
     """A Markov kernel that leaves `q exp(tau)` as it is: `num_steps` Metropolis steps."""
 
     num_steps: eqx.AbstractVar[int]
-    follows_score: eqx.AbstractClassVar[bool]
+    follows_score: ClassVar[bool]
 
     @abstractmethod
     def propose(self, key: Key, target: Target, place: Place) -> tuple[Place, Scalar]:

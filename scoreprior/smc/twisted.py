@@ -103,7 +103,7 @@ class Twisted(eqx.Module):
 
         def place(x: Event, known: Known) -> Place:
             if not rejuvenation.follows_score:
-                return Place(x, known.twist, None, None, known)
+                return Place(x, known.twist, None, jnp.zeros_like(x), known)
             direction = known.predicted.pull(self._y).reshape(x.shape)
             return Place(x, known.twist, direction, score(x, jnp.zeros_like(r)), known)
 
