@@ -14,11 +14,13 @@ from scoreprior.feynman_kac.engine import (
     step,
 )
 from scoreprior.feynman_kac.levels import Levels
+from scoreprior.feynman_kac.rejuvenate import AbstractRejuvenation, Renoise, ScoreLine
 from scoreprior.feynman_kac.resample import systematic
 from scoreprior.feynman_kac.weight import AbstractWeight, Euler, KernelRatio, Trapezoid
 
 __all__ = [
     "AbstractControl",
+    "AbstractRejuvenation",
     "AbstractWeight",
     "Composed",
     "Euler",
@@ -29,7 +31,9 @@ __all__ = [
     "KernelRatio",
     "Levels",
     "NoControl",
+    "Renoise",
     "Resampling",
+    "ScoreLine",
     "Trapezoid",
     "VarianceControl",
     "count_distinct",

@@ -12,9 +12,9 @@ likelihood: annealing (`beta != 1`), geometric averages and classifier-free guid
     x' = x + h (S + b + grad tau) + sqrt(h) n,     S = sum_i beta_i s_i,    h = r^2 - r'^2,
 
 with `b` a drift that `control` adds, and `S + b` extrapolated to the middle of the step from the
-step before (Adams-Bashforth), which makes the law of second order at one evaluation. Without twist
-the log weight has the rate (Skreta et al. 2025, "Feynman-Kac correctors in diffusion", whose
-propositions are cases of it)
+step before (Adams-Bashforth), which makes the law of second order at one evaluation; a particle
+that rejuvenation has moved has no step before. Without twist the log weight has the rate (Skreta et
+al. 2025, "Feynman-Kac correctors in diffusion", whose propositions are cases of it)
 
     g = (|S|^2 - sum_i beta_i |s_i|^2) / 2 + S . b + div b
 
@@ -38,6 +38,7 @@ from scoreprior._typing import Event, Key, Scalar
 from scoreprior.feynman_kac.control import AbstractControl
 from scoreprior.feynman_kac.engine import FeynmanKacModel, over
 from scoreprior.feynman_kac.levels import Levels
+from scoreprior.feynman_kac.rejuvenate import AbstractRejuvenation, Place, Target
 from scoreprior.feynman_kac.weight import AbstractWeight, Moved, Scores, dots
 from scoreprior.gaussian import Moments
 
@@ -74,6 +75,7 @@ class Known(NamedTuple):
     tau: Scalar
     direction: Event | None  # of the twist
     drift: Event  # S + b of the last step
+    ahead: Scalar  # 1 if it is of this path, from which to extrapolate, and 0 if there is none
     rate: Scalar  # of the log weight over the last step, without control
     response: Float[Array, " basis"]  # its derivative in theta
 
@@ -88,9 +90,12 @@ class Composed(eqx.Module):
     twist: Twist | None = None
     log_likelihood: Callable[[Event], Scalar] | None = None
     batch_size: int | None = eqx.field(static=True, default=None)
+    rejuvenation: AbstractRejuvenation | None = None
 
     def model(self) -> FeynmanKacModel:
-        return FeynmanKacModel(self.init, self.propagate, self.levels.r.size)
+        rejuvenate = None if self.rejuvenation is None else self.rejuvenate
+        size = self.levels.r.size
+        return FeynmanKacModel(self.init, self.propagate, size, rejuvenate=rejuvenate)
 
     def init(self, key: Key, num_particles: int) -> tuple[Event, Array, Known]:
         keys = jax.random.split(key, num_particles)
@@ -108,6 +113,34 @@ class Composed(eqx.Module):
 
         is_last = k + 1 == self.levels.r.size
         return jax.lax.cond(is_last, step(True), step(False), (keys, x, known))
+
+    def rejuvenate(
+        self, key: Key, k: Int[Array, ""], x: Event, known: Known
+    ) -> tuple[Event, Known]:
+        """Move by a kernel that leaves `p_r` as it is at the level `r` before step `k`."""
+        r, rejuvenation = self.levels.r[k], self.rejuvenation
+        assert rejuvenation is not None
+        noise = self.factors[0].sigma(r)
+        for factor in self.factors[1:]:
+            noise = jnp.minimum(noise, factor.sigma(r))
+
+        def place(x: Event, known: Known) -> Place:
+            return Place(x, known.tau, known.direction, known.scores.S, known)
+
+        target = Target(
+            lambda x, v: self._sum(x, jnp.sqrt(r**2 + v))[0],
+            lambda key, x: place(x, self._know(x, r, key)),
+            noise / jnp.sqrt(sum(factor.exponent for factor in self.factors)),
+            self.levels.r[0] ** 2 - r**2,
+        )
+
+        def move(args: Any) -> tuple[Event, Known]:
+            key, x, known = args
+            new = rejuvenation(key, target, place(x, known))
+            # What the step before did to the weight is of the cloud, for the control to see.
+            return new.x, new.cache._replace(rate=known.rate, response=known.response)
+
+        return over(move, self.batch_size)((jax.random.split(key, len(x)), x, known))
 
     def gaussian(self, r: Scalar) -> tuple[Event, Scalar]:
         """Mean and variance of the isotropic Gaussian nearest to the product at level `r`."""
@@ -138,7 +171,7 @@ class Composed(eqx.Module):
         key_noise, key_probe = jax.random.split(key)
         noise = jax.random.normal(key_noise, x.shape, x.dtype)
         drift = known.scores.drift(theta)
-        ahead = jnp.where(k == 0, 0.0, h / (2 * self.levels.h[k - 1]))
+        ahead = known.ahead * h / (2 * self.levels.h[k - 1])
         extrapolated = drift + ahead * (drift - known.drift)
         moved = x + h * extrapolated + jnp.sqrt(h) * noise
         if known.direction is not None:
@@ -153,12 +186,13 @@ class Composed(eqx.Module):
             response = response + h * dots(known.scores.bases, known.direction)
         log_g = log_g + new.tau - known.tau
         rate = log_g - theta @ response
-        return moved, log_g, new._replace(drift=drift, rate=rate, response=response)
+        one = jnp.ones_like(known.ahead)
+        return moved, log_g, new._replace(drift=drift, ahead=one, rate=rate, response=response)
 
     def _know(self, x: Event, r: Scalar, key: Key, is_last: bool = False) -> Known:
         scores = self._scores(x, r, key)
         zero = jnp.zeros_like(scores.squares)
-        nothing = jnp.zeros_like(x), zero, jnp.zeros_like(scores.divergence)
+        nothing = jnp.zeros_like(x), zero, zero, jnp.zeros_like(scores.divergence)
         if is_last:
             tau = zero if self.log_likelihood is None else self.log_likelihood(x)
             direction = None if self.twist is None else jnp.zeros_like(x)

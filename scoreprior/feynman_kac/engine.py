@@ -41,7 +41,9 @@ class FeynmanKacModel(NamedTuple):
       resampled in proportion to `weight * eta`, and `eta` is divided out again (auxiliary particle
       filter; Pitt & Shephard 1999);
     - `rejuvenate(key, k, particles, cache) -> (particles, cache)`, a Markov kernel that leaves the
-      law before step `k` invariant, applied after resampling.
+      law before step `k` invariant. It is applied where the cloud has just been resampled, and
+      only there: elsewhere no two particles are the same. That whether it is depends on the cloud,
+      so the evidence has a bias of order `1 / num_particles`, unless it is resampled always.
     """
 
     init: Callable[..., tuple[Particles, Float[Array, " particle"], Particles]]
@@ -74,6 +76,7 @@ class FKInfo(NamedTuple):
     log_evidence_increment: Scalar
     log_g_variance: Scalar  # of log G_k over the cloud, weighted
     unique_ancestors: Int[Array, ""]
+    rejuvenated: Scalar  # the share of particles that rejuvenation moved
 
 
 class Resampling(NamedTuple):
@@ -96,9 +99,17 @@ def init(model: FeynmanKacModel, num_particles: int, key: Key) -> FKState:
 
 
 def step(
-    model: FeynmanKacModel, resampling: Resampling, state: FKState, key: Key
+    model: FeynmanKacModel,
+    resampling: Resampling,
+    state: FKState,
+    key: Key,
+    axis_name: str | None = None,
 ) -> tuple[FKState, FKInfo]:
-    """Resample if need be, rejuvenate, move and weigh."""
+    """Resample and rejuvenate if need be, move and weigh.
+
+    Under a `jax.vmap` over clouds at the same step, `axis_name` is its name: then nothing is spent
+    on rejuvenation where no cloud was resampled.
+    """
     key_resample, key_rejuvenate, key_move = jax.random.split(key, 3)
     before, num_particles = state.log_evidence, len(state.log_weights)
     log_eta = jnp.zeros_like(state.log_weights)
@@ -122,8 +133,22 @@ def step(
 
     state = jax.lax.cond(resampled, draw, lambda state: state, state)
     particles, cache = state.particles, state.cache
-    if model.rejuvenate is not None:
-        particles, cache = model.rejuvenate(key_rejuvenate, state.step, particles, cache)
+    rejuvenated = jnp.zeros_like(size)
+    rejuvenate = model.rejuvenate
+    if rejuvenate is not None:
+        before_moves, due = (particles, cache), resampled
+        if axis_name is not None:
+            due = jax.lax.pmax(resampled.astype(jnp.int32), axis_name) > 0
+        moved = jax.lax.cond(
+            due,
+            lambda cloud: rejuvenate(key_rejuvenate, state.step, *cloud),
+            lambda cloud: cloud,
+            before_moves,
+        )
+        particles, cache = jax.tree.map(
+            lambda new, old: jnp.where(resampled, new, old), moved, before_moves
+        )
+        rejuvenated = _share_moved(particles, state.particles).astype(size.dtype)
     shares = jax.nn.softmax(state.log_weights)
     particles, log_g, cache = model.propagate(
         key_move, state.step, particles, cache, state.log_weights
@@ -135,8 +160,15 @@ def step(
         new.log_evidence - before,
         _variance(shares, log_g),
         count_distinct(new.ancestor, num_particles),
+        rejuvenated,
     )
     return new, info
+
+
+def _share_moved(new: Particles, old: Particles) -> Scalar:
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    changed = [jnp.any((a != b).reshape(len(a), -1), axis=1) for a, b in pairs]
+    return jnp.mean(jnp.any(jnp.stack(changed), axis=0))
 
 
 def _variance(shares: Float[Array, " particle"], log_g: Float[Array, " particle"]) -> Scalar:

@@ -17,6 +17,7 @@ from scoreprior._util import check_count
 from scoreprior.composition import Composition
 from scoreprior.feynman_kac import (
     AbstractControl,
+    AbstractRejuvenation,
     AbstractWeight,
     Composed,
     FKState,
@@ -66,7 +67,10 @@ class FeynmanKac(eqx.Module):
     particles are resampled when their effective sample size falls below this share of them; 1
     resamples always, 0 never. `control`: an extra drift that flattens the weights; `None` is
     `VarianceControl()` for a `Composition` and none for a `ScorePrior`. `weight`: how the weights
-    of a step are integrated where there is a composition or control. `batch_size`: particles of a
+    of a step are integrated where there is a composition or control. `rejuvenation`: moves of
+    particles that have just been resampled, `ScoreLine(...)` or `Renoise(...)` of
+    `scoreprior.feynman_kac`, or none; with it the run is exact up to the error of the steps, and
+    the evidence has a bias of order `1 / num_particles`. `batch_size`: particles of a
     group moved at once, all by default, to bound memory. `chunk_size`: steps between two updates of
     the progress bar and of the checkpoint; it does not change the draws.
     """
@@ -80,6 +84,7 @@ class FeynmanKac(eqx.Module):
     threshold: float = eqx.field(static=True, default=0.5, kw_only=True)
     control: AbstractControl | None = eqx.field(default=None, kw_only=True)
     weight: AbstractWeight = eqx.field(default=Trapezoid(), kw_only=True)
+    rejuvenation: AbstractRejuvenation | None = eqx.field(default=None, kw_only=True)
     batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
     chunk_size: int = eqx.field(static=True, default=10, kw_only=True)
 
@@ -94,6 +99,11 @@ class FeynmanKac(eqx.Module):
             raise TypeError(f"control must be VarianceControl() or NoControl(), got {self.control}")
         if not isinstance(self.weight, AbstractWeight):
             raise TypeError(f"weight must be one such as Trapezoid(), got {self.weight!r}")
+        if not isinstance(self.rejuvenation, AbstractRejuvenation | None):
+            raise TypeError(
+                "rejuvenation must be ScoreLine(...), Renoise(...) or None, got "
+                f"{self.rejuvenation!r}"
+            )
         check_count("num_particles", self.num_particles, least=2)
         check_count("num_groups", self.num_groups)
         check_count("num_steps", self.num_steps, least=2)
@@ -167,7 +177,9 @@ class FeynmanKac(eqx.Module):
                 sigmas = LogGrid(flow.sigma_min, flow.sigma_max)(self.num_steps)
                 sigmas = sigmas.astype(flow.moments.mean.dtype)
                 levels = Levels.half_noise(flow.sigma_min, sigmas)
-                chain = Twisted(flow, seen.observation, guidance, levels, self.batch_size)
+                chain = Twisted(
+                    flow, seen.observation, guidance, levels, self.batch_size, self.rejuvenation
+                )
                 return Target(seen.problem, seen.site, chain, data, seen.prior)
             twist = GaussianTwist(guidance, seen.observation)
             return self._composed(seen, twist, data)
@@ -191,6 +203,8 @@ class FeynmanKac(eqx.Module):
         if isinstance(prior, ScorePrior):
             control = control or NoControl()
             prior = Composition((prior,), (1.0,))
+        if self.rejuvenation is not None:
+            self.rejuvenation.check(np.asarray(prior.exponents, float).tolist())
         chain = prior.composed(
             self.num_steps,
             weight=self.weight,
@@ -198,11 +212,12 @@ class FeynmanKac(eqx.Module):
             twist=twist,
             log_likelihood=EventLikelihood(problem, site),
             batch_size=self.batch_size,
+            rejuvenation=self.rejuvenation,
         )
         return Target(problem, site, chain, data, prior)
 
     def _settings(self, target: "Target", key: Key) -> dict[str, Any]:
-        free = ("chunk_size", "batch_size", "guidance", "control", "weight")
+        free = ("chunk_size", "batch_size", "guidance", "control", "weight", "rejuvenation")
         engine = {name: value for name, value in vars(self).items() if name not in free}
         return {
             "engine": type(self).__name__,
@@ -211,6 +226,7 @@ class FeynmanKac(eqx.Module):
             "guidance_values": fingerprint(self.guidance),
             "control": repr(self.control),
             "weight": repr(self.weight),
+            "rejuvenation": repr(self.rejuvenation),
             "key": key_words(key),
             "data": fingerprint(target.data),
             "prior": fingerprint(target.prior),
@@ -294,7 +310,10 @@ def _advance(
         # The step is that of all groups: under `vmap`, a branch on it would be taken both ways.
         at = clouds._replace(step=None)
         new, info = jax.vmap(
-            lambda cloud, key: step(model, resampling, cloud._replace(step=number), key)
+            lambda cloud, key: step(
+                model, resampling, cloud._replace(step=number), key, axis_name="group"
+            ),
+            axis_name="group",
         )(at, keys)
         return new, info._asdict()
 

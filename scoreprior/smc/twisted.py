@@ -43,6 +43,7 @@ from jaxtyping import Array, Float, Int
 from scoreprior._typing import Event, Key, Scalar
 from scoreprior.denoise.base import Noised
 from scoreprior.feynman_kac import FeynmanKacModel, Levels, over
+from scoreprior.feynman_kac.rejuvenate import AbstractRejuvenation, Place, Target
 from scoreprior.flow import Flow
 from scoreprior.guide.base import AbstractGaussianGuidance, Predicted, log_normal, operator
 from scoreprior.guide.linear import Linear, first_event
@@ -65,9 +66,12 @@ class Twisted(eqx.Module):
     guidance: AbstractGaussianGuidance
     levels: Levels
     batch_size: int | None = eqx.field(static=True)
+    rejuvenation: AbstractRejuvenation | None = None
 
     def model(self) -> FeynmanKacModel:
-        return FeynmanKacModel(self.init, self.propagate, self.levels.r.size)
+        rejuvenate = None if self.rejuvenation is None else self.rejuvenate
+        size = self.levels.r.size
+        return FeynmanKacModel(self.init, self.propagate, size, rejuvenate=rejuvenate)
 
     def init(self, key: Key, num_particles: int) -> tuple[Event, Array, Known]:
         keys = jax.random.split(key, num_particles)
@@ -80,6 +84,42 @@ class Twisted(eqx.Module):
         middle = over(lambda args: self._next(k, *args), self.batch_size)
         last = over(lambda args: self._last(*args), self.batch_size)
         return jax.lax.cond(k + 1 < self.levels.r.size, middle, last, (keys, x, known))
+
+    def rejuvenate(
+        self, key: Key, k: Int[Array, ""], x: Event, known: Known
+    ) -> tuple[Event, Known]:
+        """Move by a kernel that leaves `q exp(tau_k)` as it is.
+
+        `q` has half of the noise of the next step in advance, `r_k^2 + h_k / 2`: the law of the
+        chain up to the error of its steps.
+        """
+        r, rejuvenation = self.levels.r[k], self.rejuvenation
+        assert rejuvenation is not None
+        square = r**2 + self.levels.h[k] / 2
+        denoiser = Noised(self.flow.denoiser, jnp.asarray(self.flow.sigma_min))
+
+        def score(x: Event, v: Scalar) -> Event:
+            return (denoiser(x, jnp.sqrt(square + v)) - x) / (square + v)
+
+        def place(x: Event, known: Known) -> Place:
+            if not rejuvenation.follows_score:
+                return Place(x, known.twist, None, jnp.zeros_like(x), known)
+            direction = known.predicted.pull(self._y).reshape(x.shape)
+            return Place(x, known.twist, direction, score(x, jnp.zeros_like(r)), known)
+
+        target = Target(
+            score,
+            lambda key, x: place(x, self._know(x, r)),
+            jnp.sqrt(square + self.flow.sigma_min**2),
+            self.levels.r[0] ** 2 - square,
+        )
+
+        def move(args: Any) -> tuple[Event, Known]:
+            key, x, known = args
+            new = rejuvenation(key, target, place(x, known))
+            return new.x, new.cache
+
+        return over(move, self.batch_size)((jax.random.split(key, len(x)), x, known))
 
     def _know(self, x: Event, r: Scalar) -> Known:
         denoiser = Noised(self.flow.denoiser, jnp.asarray(self.flow.sigma_min))
