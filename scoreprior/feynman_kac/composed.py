@@ -12,8 +12,9 @@ likelihood: annealing (`beta != 1`), geometric averages and classifier-free guid
     x' = x + h (S + b + grad tau) + sqrt(h) n,     S = sum_i beta_i s_i,    h = r^2 - r'^2,
 
 with `b` a drift that `control` adds, and `S + b` extrapolated to the middle of the step from the
-step before (Adams-Bashforth), which makes the law of second order at one evaluation. Without twist the log weight has the rate (Skreta et al.
-2025, "Feynman-Kac correctors in diffusion", whose propositions are cases of it)
+step before (Adams-Bashforth), which makes the law of second order at one evaluation. Without twist
+the log weight has the rate (Skreta et al. 2025, "Feynman-Kac correctors in diffusion", whose
+propositions are cases of it)
 
     g = (|S|^2 - sum_i beta_i |s_i|^2) / 2 + S . b + div b
 
