@@ -133,6 +133,7 @@ def speed(repeats: int) -> dict[str, Any]:
             start = time.perf_counter()
             _, log_z = jax.block_until_ready(function(jax.random.key(i)))
             seconds[name].append(time.perf_counter() - start)
+            print(name, round(seconds[name][-1], 3), flush=True)
             evidences[name] += np.asarray(log_z, float).tolist()
     compiled = {name: times[1:] for name, times in seconds.items()}
     work, rows = GROUPS * PARTICLES * STEPS, []

@@ -81,7 +81,9 @@ class KernelRatio(AbstractWeight):
         log G = sum_i beta_i (log P_i - log F) + log L - log M,
 
     which needs no divergence. For exponents that sum to one it is exact for factors that are
-    points; otherwise its error is that of `Euler`, with which it agrees where there is no control.
+    points; otherwise its error is of first order, as that of `Euler`, with which it agrees where
+    `a = S`. Moves here are along an extrapolated drift, which it corrects for, at the cost of
+    noise; and with `VarianceControl` the error stays of first order, while `Trapezoid` has second.
     """
 
     def log_g(self, moved: Moved) -> tuple[Scalar, Scalar, Float[Array, " basis"]]:
