@@ -179,13 +179,14 @@ class Composed(eqx.Module):
         r = jnp.zeros_like(h) if is_last else self.levels.r[k + 1]
         new = self._know(moved, r, key_probe, is_last)
         step = Moved(known.scores, new.scores, theta, h, extrapolated, moved - x)
-        log_g, response = self.weight.log_g(step)
+        log_g, rate, response = self.weight.log_g(step)
         if known.direction is not None:
             tilt = jnp.sqrt(h) * jnp.sum(noise * known.direction)
-            log_g = log_g - tilt - h / 2 * jnp.sum(known.direction**2)
+            tilt = new.tau - known.tau - tilt - h / 2 * jnp.sum(known.direction**2)
+            log_g, rate = log_g + tilt, rate + tilt
             response = response + h * dots(known.scores.bases, known.direction)
-        log_g = log_g + new.tau - known.tau
-        rate = log_g - theta @ response
+        else:
+            log_g, rate = log_g + new.tau - known.tau, rate + new.tau - known.tau
         one = jnp.ones_like(known.ahead)
         return moved, log_g, new._replace(drift=drift, ahead=one, rate=rate, response=response)
 

@@ -9,6 +9,7 @@ the prior enters by its density policy. Every other latent site lies behind NumP
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import equinox as eqx
@@ -85,7 +86,7 @@ class Problem:
         with `with_value=False` asks for none: such a problem still has its `score` and its
         `log_likelihood`.
         """
-        centred = replace(self, is_centred=True)
+        centred = self._centred
         if not with_value:
             return centred
         if self.sites.compositions:
@@ -95,6 +96,11 @@ class Problem:
             )
         jax.eval_shape(lambda: centred.log_prior(centred.initial(jax.random.key(0))))
         return centred
+
+    @cached_property
+    def _centred(self) -> "Problem":
+        # One object, because compiled programs know a problem by its identity.
+        return replace(self, is_centred=True)
 
     @property
     def latent_names(self) -> tuple[str, ...]:
