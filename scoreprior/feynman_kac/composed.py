@@ -180,15 +180,14 @@ class Composed(eqx.Module):
         new = self._know(moved, r, key_probe, is_last)
         step = Moved(known.scores, new.scores, theta, h, extrapolated, moved - x)
         log_g, rate, response = self.weight.log_g(step)
+        tilt = new.tau - known.tau
         if known.direction is not None:
-            tilt = jnp.sqrt(h) * jnp.sum(noise * known.direction)
-            tilt = new.tau - known.tau - tilt - h / 2 * jnp.sum(known.direction**2)
-            log_g, rate = log_g + tilt, rate + tilt
+            tilt = tilt - jnp.sqrt(h) * jnp.sum(noise * known.direction)
+            tilt = tilt - h / 2 * jnp.sum(known.direction**2)
             response = response + h * dots(known.scores.bases, known.direction)
-        else:
-            log_g, rate = log_g + new.tau - known.tau, rate + new.tau - known.tau
         one = jnp.ones_like(known.ahead)
-        return moved, log_g, new._replace(drift=drift, ahead=one, rate=rate, response=response)
+        new = new._replace(drift=drift, ahead=one, rate=rate + tilt, response=response)
+        return moved, log_g + tilt, new
 
     def _know(self, x: Event, r: Scalar, key: Key, is_last: bool = False) -> Known:
         scores = self._scores(x, r, key)
