@@ -2,7 +2,7 @@
 
     python examples/benchmarks/throughput.py [--quick]
 
-The square of the bundled digits prior, 2 groups of 250 particles, 20 levels, variance control and
+The square of the bundled digits prior, 4 groups of 500 particles, 60 levels, variance control and
 trapezoid weights: by the engine, and by one file of plain JAX for this algorithm on the same
 network (`plain` below, which knows nothing else: no record, no checkpoint, no progress). Both
 compiled before; seconds of whole runs by turns, single precision, medians. Then the peak memory of
@@ -30,7 +30,7 @@ from common import arguments, show, write
 import scoreprior as sp
 from scoreprior.feynman_kac import VarianceControl
 
-GROUPS, PARTICLES, STEPS, BETA = 2, 250, 20, 2.0
+GROUPS, PARTICLES, STEPS, BETA = 4, 500, 60, 2.0
 
 
 def plain(flow: sp.Flow) -> Callable[[jax.Array], Any]:
@@ -184,7 +184,7 @@ def main() -> None:
         return hundred_thousand(options.memory_of)
     results = {}
     if options.only != "memory":
-        results["speed"] = speed(3 if options.quick else 11)
+        results["speed"] = speed(3 if options.quick else 7)
     if options.only != "speed":
         rows = []
         for kind in ("controlled", "posterior"):

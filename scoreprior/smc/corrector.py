@@ -229,7 +229,7 @@ class FeynmanKac(eqx.Module):
             "rejuvenation": repr(self.rejuvenation),
             "key": key_words(key),
             "data": fingerprint(target.data),
-            "prior": fingerprint(target.prior),
+            "prior": fingerprint(_flows(target.prior)),
         }
 
     def _warn(self, draws: Draws) -> None:
@@ -269,6 +269,13 @@ class Target(NamedTuple):
     chain: Twisted | Composed
     data: Any
     prior: ScorePrior | Composition
+
+
+def _flows(prior: ScorePrior | Composition) -> Any:
+    """The parts of a prior that make it what it is, for a fingerprint."""
+    if isinstance(prior, ScorePrior):
+        return prior.flow
+    return [factor.flow for factor in prior.priors], prior.exponents
 
 
 def _check_weights(clouds: FKState, done: int, guidance: Any) -> None:
