@@ -145,3 +145,8 @@ def test_arguments_that_cannot_be_inputs_are_refused_but_run_alone(of, other):
     assert jnp.isfinite(log_density(problem, {"x": POSITION["x"]}))
     with pytest.raises(ValueError, match=r"cannot be inputs .* use Problem.from_model"):
         problem.with_data(Y[1], other)
+
+
+def test_the_centred_form_of_one_problem_is_one_object():
+    """Programs know a problem by its identity: a new object every time would compile every run."""
+    assert FIRST.centred(with_value=False) is FIRST.centred()
