@@ -331,6 +331,13 @@ def test_engines_that_cannot_take_a_composition_say_so():
         problem.centred()
     with pytest.raises(ValueError, match="got a Composition.*FeynmanKac"):
         Guided(TMPD(), 10).run(problem, KEY)
+
+    def both():
+        model(MIXTURE_PRIOR, True)
+        numpyro.factor("reward", 1.0)
+
+    with pytest.raises(ValueError, match=r"no other factor of the density, got \['reward'\]"):
+        FeynmanKac(TMPD()).run(Problem.from_model(both), KEY)
     no_data = Problem.from_model(model, MIXTURE_PRIOR)
     with pytest.raises(ValueError, match="needs an observed site or a factor"):
         FeynmanKac(Exceeds(lambda x: x[0], 1.0)).run(no_data, KEY)

@@ -93,7 +93,7 @@ def only_prior(problem: Any, engine: str) -> PriorEvent:
     recorded = problem.trace(problem.initial(jax.random.key(0)))
     prior = _law(recorded, name, engine, True)
     _check_event(name, sites.priors[name].shape, prior)
-    has_data = any(s["type"] == "sample" and s["is_observed"] for s in recorded.values())
+    has_data = any(map(_is_data, recorded.values()))
     return PriorEvent(problem, name, prior, has_data)
 
 
@@ -102,7 +102,8 @@ def only_observation(problem: Any, engine: str, *, composed: bool = False) -> Ob
 
     Raises `ValueError`, naming `engine` and site, for a model with others or with other latent
     sites, for a prior behind further transforms or, unless `composed`, one that is a composition,
-    for data that are not Gaussian, and for noise that depends on the event.
+    for data that are not Gaussian, for noise that depends on the event, and for a model with a
+    `numpyro.factor`, which would be left out.
     """
     sites = problem.sites
     if len(sites.priors) != 1 or len(sites.observed) != 1 or sites.latents:
@@ -114,7 +115,14 @@ def only_observation(problem: Any, engine: str, *, composed: bool = False) -> Ob
     (name,), (observed,) = sites.priors, sites.observed
     problem = problem.centred(with_value=False)
     points = [problem.initial(jax.random.key(seed)) for seed in range(2)]
-    prior = _law(problem.trace(points[0]), name, engine, composed)
+    recorded = problem.trace(points[0])
+    prior = _law(recorded, name, engine, composed)
+    factors = [n for n, s in recorded.items() if _is_data(s) and n != observed]
+    if factors:
+        raise ValueError(
+            f"{engine} needs data at site {observed!r} and no other factor of the density, got "
+            f"{factors}: {ADVICE}"
+        )
     here, there = (problem.linearise(point) for point in points)
     if not _same_noise(here, there):
         raise ValueError(
@@ -129,6 +137,11 @@ def observed_event(problem: Any, engine: str, *, composed: bool = False) -> Obse
     found = only_observation(problem, engine, composed=composed)
     _check_event(found.site, found.shape, found.prior)
     return ObservedEvent(found.problem, found.site, found.prior, _unmasked(found.observation))
+
+
+def _is_data(site: Any) -> bool:
+    """Whether a recorded site is observed, or a `numpyro.factor`."""
+    return site["type"] == "sample" and site["is_observed"]
 
 
 def _law(recorded: Any, name: str, engine: str, composed: bool) -> Any:
