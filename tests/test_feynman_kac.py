@@ -17,7 +17,7 @@ from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
 from scoreprior import feynman_kac as fk
 from scoreprior.compare import Clusters
 from scoreprior.flow import FixedGrid, Flow
-from scoreprior.guide import NRLG, TMPD, DiffPIR, PiGDM
+from scoreprior.guide import NRLG, TMPD, DiffPIR, MCGDiff, PiGDM
 from scoreprior.infer import infer
 from scoreprior.mcmc import Guided
 from scoreprior.prior import ScorePrior
@@ -252,6 +252,32 @@ def check(draws, name, *, bias=0.05):
 def test_corrected_guidance_has_the_posterior_and_the_evidence(guidance, bias):
     draws = FeynmanKac(guidance, 400, 64, 150).run(PLANE, KEY, progress=False)
     check(draws, "plane", bias=bias)
+
+
+@pytest.mark.promotes_ranks
+@pytest.mark.parametrize("name", ["line", "plane"])
+def test_pinned_data_have_the_posterior_and_the_evidence(name):
+    problem = {"line": LINE, "plane": PLANE}[name]
+    draws = FeynmanKac(MCGDiff(), 2000, 64, 50).run(problem, KEY, progress=False)
+    check_law(draws, draws.positions["x"].reshape(-1, 2), TRUTHS[name], bias=0.1)
+    check_evidence(draws, EVIDENCES[name], bias=0.2)
+
+
+@pytest.mark.promotes_ranks
+def test_data_that_cannot_be_pinned_are_refused():
+    def seen(mean):
+        def model():
+            x = numpyro.sample("x", GAUSSIAN_PRIOR)
+            numpyro.sample("y", dist.Normal(mean(x), 1.0).to_event(1), obs=jnp.zeros(2))
+
+        return Problem.from_model(model)
+
+    with pytest.raises(ValueError, match="linear in the event"):
+        FeynmanKac(MCGDiff()).run(seen(lambda x: x**2), KEY)
+    with pytest.raises(ValueError, match="rows of the operator that are independent"):
+        FeynmanKac(MCGDiff()).run(seen(lambda x: jnp.stack([x[0], x[0]])), KEY)
+    with pytest.raises(ValueError, match="must be None with MCGDiff"):
+        FeynmanKac(MCGDiff(), control=fk.VarianceControl()).run(LINE, KEY)
 
 
 @pytest.mark.promotes_ranks

@@ -10,6 +10,7 @@ from scoreprior.guide.diffpir import DiffPIR
 from scoreprior.guide.dps import DPS
 from scoreprior.guide.event import AbstractCondition, Equals, EventGuidance, Exceeds
 from scoreprior.guide.jfps import JFPS
+from scoreprior.guide.mcgdiff import MCGDiff
 from scoreprior.guide.mmps import MMPS
 from scoreprior.guide.nrlg import NRLG
 from scoreprior.guide.pigdm import PiGDM
@@ -34,6 +35,7 @@ __all__ = [
     "EventGuidance",
     "Exceeds",
     "GuidedDenoiser",
+    "MCGDiff",
     "PiGDM",
     "Replacement",
     "Steering",

@@ -28,12 +28,13 @@ from scoreprior.feynman_kac import (
     init,
     step,
 )
-from scoreprior.guide import TMPD, AbstractCondition, AbstractGaussianGuidance, Steering
+from scoreprior.guide import TMPD, AbstractCondition, AbstractGaussianGuidance, MCGDiff, Steering
 from scoreprior.guide.twist import EventTwist, GaussianTwist, SteeringTwist
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
-from scoreprior.problem.observed import observed_event, only_prior
+from scoreprior.problem.observed import ObservedEvent, observed_event, only_prior
 from scoreprior.sample import LogGrid
+from scoreprior.smc.pinned import Coordinates, Pinned
 from scoreprior.smc.report import FEW_ANCESTORS, draw_rows, history, pool_evidence, warn_groups
 from scoreprior.smc.twisted import Twisted
 
@@ -52,6 +53,7 @@ class FeynmanKac(eqx.Module):
     - a Gaussian method such as `TMPD()` or `JFPS(...)`, for one site observed with Gaussian noise.
       Moves of a `ScorePrior` are then drawn from the posterior of the next event under a Gaussian
       for the next twist, so that weights vary little (see `smc.twisted`);
+    - `guide.MCGDiff()`, for linear data and a `ScorePrior`;
     - a condition, `guide.Exceeds(...)` or `guide.Equals(...)`: rare events, which the model holds
       as a `numpyro.factor`;
     - `guide.Steering(scale)`, for any observed sites and factors;
@@ -75,7 +77,7 @@ class FeynmanKac(eqx.Module):
     the progress bar and of the checkpoint; it does not change the draws.
     """
 
-    guidance: AbstractGaussianGuidance | AbstractCondition | Steering | None = eqx.field(
+    guidance: AbstractGaussianGuidance | AbstractCondition | MCGDiff | Steering | None = eqx.field(
         default=TMPD()
     )
     num_particles: int = eqx.field(static=True, default=1000)
@@ -89,7 +91,7 @@ class FeynmanKac(eqx.Module):
     chunk_size: int = eqx.field(static=True, default=10, kw_only=True)
 
     def __check_init__(self):
-        kinds = (AbstractGaussianGuidance, AbstractCondition, Steering, type(None))
+        kinds = (AbstractGaussianGuidance, AbstractCondition, MCGDiff, Steering, type(None))
         if not isinstance(self.guidance, kinds):
             raise TypeError(
                 "guidance must say how likely the data are, such as TMPD(), PiGDM(...), a "
@@ -169,6 +171,8 @@ class FeynmanKac(eqx.Module):
 
     def _target(self, problem: Problem) -> "Target":
         name, guidance = type(self).__name__, self.guidance
+        if isinstance(guidance, MCGDiff):
+            return self._pinned(observed_event(problem, f"{name}(MCGDiff())"))
         if isinstance(guidance, AbstractGaussianGuidance) and problem.sites.observed:
             seen = observed_event(problem, name, composed=True)
             data = seen.observation.data, seen.observation.noise
@@ -196,6 +200,19 @@ class FeynmanKac(eqx.Module):
             twist = SteeringTwist(guidance, EventLikelihood(event.problem, event.site))
             return self._composed(event, twist, data)
         return self._composed(event, None, data)
+
+    def _pinned(self, seen: ObservedEvent) -> "Target":
+        if self.control is not None or self.rejuvenation is not None:
+            raise ValueError(
+                "control and rejuvenation must be None with MCGDiff(), got one of them"
+            )
+        flow = seen.prior.flow
+        sigmas = LogGrid(flow.sigma_min, flow.sigma_max)(self.num_steps)
+        levels = Levels.full_noise(flow.sigma_min, sigmas.astype(flow.moments.mean.dtype))
+        coordinates = Coordinates.make(seen.observation, flow.moments.mean)
+        chain = Pinned(flow, coordinates, levels, self.batch_size)
+        data = seen.observation.data, seen.observation.noise
+        return Target(seen.problem, seen.site, chain, data, seen.prior)
 
     def _composed(self, event: Any, twist: Any, data: Any) -> "Target":
         """A chain with the twist along the gradient, for any `prior` of `event`."""
@@ -266,7 +283,7 @@ class Target(NamedTuple):
 
     problem: Problem
     site: str
-    chain: Twisted | Composed
+    chain: Twisted | Composed | Pinned
     data: Any
     prior: ScorePrior | Composition
 
@@ -295,7 +312,7 @@ def _check_weights(clouds: FKState, done: int, guidance: Any) -> None:
 
 
 @eqx.filter_jit
-def _start(engine: FeynmanKac, chain: Twisted | Composed, key: Key) -> FKState:
+def _start(engine: FeynmanKac, chain: Twisted | Composed | Pinned, key: Key) -> FKState:
     keys, model = jax.random.split(key, engine.num_groups), chain.model()
     return jax.vmap(lambda key: init(model, engine.num_particles, key))(keys)
 
@@ -303,7 +320,7 @@ def _start(engine: FeynmanKac, chain: Twisted | Composed, key: Key) -> FKState:
 @eqx.filter_jit
 def _advance(
     engine: FeynmanKac,
-    chain: Twisted | Composed,
+    chain: Twisted | Composed | Pinned,
     clouds: FKState,
     key: Key,
     start: Array,
