@@ -34,7 +34,7 @@ from mixtures import (
 
 import scoreprior as sp
 from scoreprior.denoise import GaussianMixture
-from scoreprior.guide import DPS, JFPS, MMPS, NRLG, TMPD, DiffPIR, PiGDM
+from scoreprior.guide import DPS, JFPS, MMPS, NRLG, TMPD, DiffPIR, MCGDiff, PiGDM
 
 NUM_DRAWS, NUM_STEPS = 1000, 100
 
@@ -56,7 +56,7 @@ def engines(moments: sp.Moments, sigma_max: float) -> dict[str, Any]:
     }
     corrected = {
         f"{name}, corrected": sp.FeynmanKac(method, NUM_DRAWS // 4, 4, NUM_STEPS)
-        for name, method in gaussian.items()
+        for name, method in (gaussian | {"MCGDiff": MCGDiff()}).items()
     }
     return corrected | alone
 
