@@ -16,6 +16,7 @@ from killing import kill_a_run
 from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
 from scoreprior import feynman_kac as fk
 from scoreprior.compare import Clusters
+from scoreprior.composition import compose
 from scoreprior.flow import FixedGrid, Flow
 from scoreprior.guide import NRLG, TMPD, DiffPIR, MCGDiff, PiGDM
 from scoreprior.infer import infer
@@ -264,6 +265,21 @@ def test_pinned_data_have_the_posterior_and_the_evidence(name):
 
 
 @pytest.mark.promotes_ranks
+def test_data_noisier_than_the_first_level_are_weighed_there():
+    sd = 2 * GAUSSIAN_PRIOR.flow.sigma_max
+
+    def model(y):
+        x = numpyro.sample("x", GAUSSIAN_PRIOR)
+        numpyro.sample("y", dist.Normal(x, jnp.array([sd, SD_G])).to_event(1), obs=y)
+
+    y, noise = jnp.array([1.5 * sd, 0.4]), jnp.diag(jnp.array([sd, SD_G]) ** 2)
+    truth = float(oracles.at_level(GAUSSIAN, SIGMA_MIN).log_evidence(jnp.eye(2), y, noise))
+    problem = Problem.from_model(model, y)
+    draws = FeynmanKac(MCGDiff(), 2000, 64, 50).run(problem, KEY, progress=False)
+    check_evidence(draws, truth, bias=0.2)
+
+
+@pytest.mark.promotes_ranks
 def test_data_that_cannot_be_pinned_are_refused():
     def seen(mean):
         def model():
@@ -272,10 +288,16 @@ def test_data_that_cannot_be_pinned_are_refused():
 
         return Problem.from_model(model)
 
+    def square():
+        x = numpyro.sample("x", compose({GAUSSIAN_PRIOR: 2.0}))
+        numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=jnp.zeros(2))
+
     with pytest.raises(ValueError, match="linear in the event"):
         FeynmanKac(MCGDiff()).run(seen(lambda x: x**2), KEY)
     with pytest.raises(ValueError, match="rows of the operator that are independent"):
         FeynmanKac(MCGDiff()).run(seen(lambda x: jnp.stack([x[0], x[0]])), KEY)
+    with pytest.raises(ValueError, match=r"got a Composition.*such as TMPD\(\)"):
+        FeynmanKac(MCGDiff()).run(Problem.from_model(square), KEY)
     with pytest.raises(ValueError, match="must be None with MCGDiff"):
         FeynmanKac(MCGDiff(), control=fk.VarianceControl()).run(LINE, KEY)
 
