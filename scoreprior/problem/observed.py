@@ -151,8 +151,8 @@ def _law(recorded: Any, name: str, engine: str, composed: bool) -> Any:
     if isinstance(prior, Composition):
         raise ValueError(
             f"{engine} needs a ScorePrior at prior site {name!r}, got a Composition, whose scores "
-            "at high noise are not known: take FeynmanKac with a Gaussian method such as TMPD(), or "
-            "an engine that is not centred"
+            "at high noise are not known: take FeynmanKac with a method such as TMPD(), or an "
+            "engine that is not centred"
         )
     raise ValueError(
         f"{engine} needs a ScorePrior at prior site {name!r}, got one behind further "
