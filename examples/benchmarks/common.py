@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import scoreprior
-from scoreprior.density import Exact, FlowDensity
-from scoreprior.flow import AbstractSolver, FixedGrid, Flow, Multistep
+from scoreprior.denoise import VP
+from scoreprior.density import AbstractTrace, Exact, FlowDensity
+from scoreprior.flow import AbstractSolver, Adaptive, FixedGrid, Flow, LogTime, Multistep
 from scoreprior.io import load, load_images
 
 BUDGETS = (8, 16, 32, 64)
@@ -186,3 +187,47 @@ def steps_within(budget: int, solver: FixedGrid | Multistep) -> FixedGrid | Mult
     if isinstance(solver, Multistep):
         return Multistep(budget - 2, solver.time)
     return FixedGrid(budget // len(solver.method.nodes), solver.time, solver.method)
+
+
+class PlainTime(LogTime):
+    """The variable of integration as it is."""
+
+    def time(self, sigma):
+        return jnp.asarray(sigma)
+
+    def sigma(self, time):
+        return time
+
+
+def vp_log_probs(
+    flow: Flow, x: jax.Array, solver: Adaptive, trace: AbstractTrace, last: float
+) -> tuple[jax.Array, jax.Array]:
+    """Log density by the variance-preserving ODE, for two terminal laws, and the steps tried.
+
+    `y = alpha(t) (x - m) / s` with `s^2` the mean variance, so that `N(0, I)` is the usual terminal
+    law; the other one has matched moments. `beta` goes from 0.1 to 20, `t` from the level sigma_min
+    to the level `last`.
+    """
+    mean, variance = flow.moments.mean, flow.moments.eigenvalues.mean()
+    scale, schedule = jnp.sqrt(variance), VP(0.1, 20.0)
+    ends = schedule.time(flow.sigma_min / scale), schedule.time(last / scale)
+
+    def velocity(t, y):
+        (alpha, sigma), rates = jax.jvp(
+            lambda t: (schedule.alpha(t), schedule.sigma(t)), (t,), (jnp.ones_like(t),)
+        )
+        x_hat = (flow.denoiser(mean + scale * y / alpha, scale * sigma / alpha) - mean) / scale
+        return rates[0] * x_hat + rates[1] * (y - alpha * x_hat) / sigma
+
+    def field(t, state):
+        y, _ = state
+        return velocity(t, y), jnp.mean(trace(lambda y: velocity(t, y), y), keepdims=True)
+
+    alpha_min, alpha_max = schedule.alpha(ends[0]), schedule.alpha(ends[1])
+    start = (alpha_min * (x - mean) / scale, jnp.zeros(1, x.dtype))
+    (y, log_det), num_steps = solver.solve_and_count(field, start, *ends)
+    log_det += x.size * jnp.log(alpha_min / scale)
+    x_end, size = mean + scale * y / alpha_max, x.size
+    matched = flow.moments.log_prob(x_end, last) - size * jnp.log(alpha_max / scale)
+    usual = jnp.sum(jax.scipy.stats.norm.logpdf(y))
+    return log_det + jnp.stack([usual, matched]), num_steps

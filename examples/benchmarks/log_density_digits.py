@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import (
     BUDGETS,
+    PlainTime,
     arguments,
     digits_flow,
     held_out_digits,
@@ -25,6 +26,7 @@ from common import (
     rms,
     show,
     steps_within,
+    vp_log_probs,
     with_solver,
     write,
 )
@@ -74,49 +76,13 @@ def dopri5(
 ) -> tuple[jax.Array, jax.Array]:
     """Log densities for terminal laws `N(0, I)` and matched moments, and evaluations per point.
 
-    `y = alpha(t) (x - m) / s` with `s^2` the mean variance, so that `N(0, I)` is the terminal law;
-    `t` from the level sigma_min to the level `last`. Dopri5 evaluates six times per step tried,
-    once at the start and once to choose the first step.
+    Dopri5 evaluates six times per step tried, once at the start and once to choose the first step.
     """
     import diffrax
 
-    mean, variance = flow.moments.mean, flow.moments.eigenvalues.mean()
-    scale, schedule = jnp.sqrt(variance), VP(0.1, 20.0)
-    solver = Adaptive(tolerance, tolerance, _PlainTime(), diffrax.Dopri5(), max_steps=512)
-    ends = schedule.time(flow.sigma_min / scale), schedule.time(last / scale)
-
-    def velocity(t, y):
-        (alpha, sigma), rates = jax.jvp(
-            lambda t: (schedule.alpha(t), schedule.sigma(t)), (t,), (jnp.ones_like(t),)
-        )
-        x_hat = (flow.denoiser(mean + scale * y / alpha, scale * sigma / alpha) - mean) / scale
-        return rates[0] * x_hat + rates[1] * (y - alpha * x_hat) / sigma
-
-    def field(t, state):
-        y, _ = state
-        return velocity(t, y), Exact()(lambda y: velocity(t, y), y)
-
-    def one(x):
-        alpha_min, alpha_max = schedule.alpha(ends[0]), schedule.alpha(ends[1])
-        start = (alpha_min * (x - mean) / scale, jnp.zeros(1, x.dtype))
-        (y, log_det), num_steps = solver.solve_and_count(field, start, *ends)
-        log_det += x.size * jnp.log(alpha_min / scale)
-        x_end, size = mean + scale * y / alpha_max, x.size
-        matched = flow.moments.log_prob(x_end, last) - size * jnp.log(alpha_max / scale)
-        usual = jnp.sum(jax.scipy.stats.norm.logpdf(y))
-        return log_det + jnp.stack([usual, matched]), 6 * num_steps + 2
-
-    return jax.vmap(one)(points)
-
-
-class _PlainTime(LogTime):
-    """The variable of integration as it is."""
-
-    def time(self, sigma):
-        return jnp.asarray(sigma)
-
-    def sigma(self, time):
-        return time
+    solver = Adaptive(tolerance, tolerance, PlainTime(), diffrax.Dopri5(), max_steps=512)
+    log_probs, num_steps = jax.vmap(lambda x: vp_log_probs(flow, x, solver, Exact(), last))(points)
+    return log_probs, 6 * num_steps + 2
 
 
 def _last_level(flow: Flow) -> float:
