@@ -71,6 +71,8 @@ def suite_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=8, help="problems of every kind")
     parser.add_argument("--first", type=int, default=0, help="number of the first repeat")
     parser.add_argument("--random", action="store_true", help="random weights and noise")
+    levels = (0.01, 0.1, 1.0)
+    parser.add_argument("--noise", type=float, nargs="+", default=levels, help="levels, if not")
 
 
 def suite_weights(options: argparse.Namespace) -> np.ndarray:
@@ -96,7 +98,7 @@ class Numbered(NamedTuple):
 def suite(options: argparse.Namespace) -> Iterator[Numbered]:
     """1, 2 and 4 data, at three levels of noise or random ones; of each, as many as are asked."""
     weights = suite_weights(options)
-    levels = (None,) if options.random else (0.01, 0.1, 1.0)
+    levels = (None,) if options.random else options.noise
     repeats = range(options.first, options.first + (1 if options.quick else options.repeats))
     for num_data, sigma_y, seed in itertools.product((1, 2, 4), levels, repeats):
         case = draw_case(options.dimension, num_data, sigma_y, seed, weights)
