@@ -91,6 +91,7 @@ def main() -> None:
         target_ess=options.target_ess,
         max_moves=options.max_moves,
         max_autocorrelation=options.max_autocorrelation,
+        batch_size=None if options.dimension < 500 else 50,
     )
     progress = Progress(options.output)
     found: dict[str, list[dict[str, float]]] = {}

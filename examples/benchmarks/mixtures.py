@@ -71,8 +71,9 @@ def suite_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=8, help="problems of every kind")
     parser.add_argument("--first", type=int, default=0, help="number of the first repeat")
     parser.add_argument("--random", action="store_true", help="random weights and noise")
-    levels = (0.01, 0.1, 1.0)
-    parser.add_argument("--noise", type=float, nargs="+", default=levels, help="levels, if not")
+    parser.add_argument(
+        "--noise", type=float, nargs="+", default=[0.01, 0.1, 1.0], help="levels of the noise"
+    )
 
 
 def suite_weights(options: argparse.Namespace) -> np.ndarray:
