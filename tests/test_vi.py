@@ -118,7 +118,7 @@ def test_k_hat_says_whether_a_guide_is_too_narrow(factor):
     """`factor` times the posterior's widths: in two dimensions the weights are exactly Pareto."""
     mean, precision = noise_law()
     tril = np.linalg.cholesky(np.linalg.inv(precision))
-    lower = jnp.array([tril[1, 0] / tril[1, 1]])
+    lower = jnp.sqrt(2) * jnp.array([tril[1, 0] / tril[1, 1]])
     params = {"loc": mean, "log_scale": jnp.log(factor * np.diag(tril)), "lower": lower}
     frame = Frame(jnp.zeros(2), jnp.ones(2), (("x", (2,)),))
     num = 20_000
@@ -183,7 +183,7 @@ def test_sticking_the_landing_changes_the_noise_and_not_the_gradient():
     # At the posterior itself nothing is left of the noise.
     scale_tril = np.linalg.cholesky(np.linalg.inv(TARGET.precision_matrix))
     scale = np.diag(scale_tril)
-    lower = jnp.asarray([(scale_tril / scale[:, None])[1, 0]])
+    lower = jnp.sqrt(2) * jnp.asarray([(scale_tril / scale[:, None])[1, 0]])
     params = {"loc": TARGET.loc, "log_scale": jnp.log(scale), "lower": lower}
     landed = estimates(ELBO(4), 100, guide=FullRank(), params=params, gradient=True)
     assert all(np.abs(leaf).max() < 1e-10 for leaf in landed.values())

@@ -87,9 +87,11 @@ class LowRank(AbstractGuide):
 
 
 class FullRank(AbstractGuide):
-    """A normal with any covariance `D L L' D`: `L` lower triangular of unit diagonal, `D` diagonal.
+    """A normal with any covariance `D L L' D`: `D` diagonal, `L` of ones and, below the diagonal,
+    parameters over `sqrt(size)`.
 
-    `size^2 / 2` parameters. Exact for a Gaussian posterior.
+    `size^2 / 2` parameters. Exact for a Gaussian posterior. The root makes a step of Adam, which
+    moves all entries at once, move a draw by as much whatever the size.
     """
 
     init_scale: float = eqx.field(static=True, default=INIT_SCALE)
@@ -104,7 +106,8 @@ class FullRank(AbstractGuide):
     def distribution(self, params: PyTree[Any]) -> dist.Distribution:
         unit = jnp.eye(len(params["loc"]))
         if params["lower"].size:
-            unit = unit + vec_to_tril_matrix(params["lower"], diagonal=-1)
+            lower = params["lower"] / jnp.sqrt(len(params["loc"]))
+            unit = unit + vec_to_tril_matrix(lower, diagonal=-1)
         scale_tril = jnp.exp(params["log_scale"])[:, None] * unit
         return dist.MultivariateNormal(params["loc"], scale_tril=scale_tril)
 
