@@ -56,7 +56,7 @@ def engines(moments: sp.Moments, sigma_max: float) -> dict[str, Any]:
     }
     corrected = {
         f"{name}, corrected": sp.FeynmanKac(method, NUM_DRAWS // 4, 4, NUM_STEPS)
-        for name, method in (gaussian | {"MCGDiff": MCGDiff()}).items()
+        for name, method in (gaussian | {"MCGDiff": MCGDiff()} | others).items()
     }
     return corrected | alone
 
