@@ -104,7 +104,9 @@ def test_a_classifier_follows_its_gradient_at_the_noise_of_the_denoiser():
         return -jnp.sum(x**2) / (1 + sigma)
 
     x = X[:2]
-    value, direction = ClassifierTwist(Classifier(classify, 2.0), 0.6)(lambda x: x, x, 0.8)
+    value, direction = ClassifierTwist(Classifier(classify, 2.0), jnp.asarray(0.6))(
+        lambda x: x, x, jnp.asarray(0.8)
+    )
     close(value, 2 * classify(x, 1.0))
     guided = ClassifierGuidance(GAUSSIAN, classify, 2.0)(x, 1.0)
     close(guided, GAUSSIAN(x, 1.0) + direction)
@@ -123,7 +125,7 @@ def test_diagonal_tmpd_says_what_tmpd_does_where_the_covariance_is_diagonal():
 METHODS = {
     "MMPS, all data": (MMPS(2), 0.1),
     "MMPS, one of two": (MMPS(1, num_probes=0), 0.1),
-    "DPS": (DPS(0.02), 0.2),
+    "DPS": (DPS(0.002), 0.2),
     "DiagonalTMPD": (DiagonalTMPD(), 0.1),
 }
 
