@@ -31,7 +31,7 @@ import scoreprior as sp
 from scoreprior.denoise import Empirical, GaussianMixture
 from scoreprior.feynman_kac import Composed, NoControl, Resampling, init, step, systematic
 from scoreprior.guide import JFPS
-from scoreprior.guide.twist import GaussianTwist
+from scoreprior.guide.twist import DataTwist
 from scoreprior.observation import LinearObservation
 
 SIGMA_MIN, SIGMA_MAX = 0.05, 20.0
@@ -96,7 +96,7 @@ class Case(NamedTuple):
     composition: sp.Composition
     truth: GaussianMixture
     log_evidence: float
-    twist: GaussianTwist | None = None
+    twist: DataTwist | None = None
 
     def chain(self, *, corrected: bool) -> Composed:
         """The Feynman-Kac model: the drift is the composed score, but for variance control."""
@@ -160,7 +160,7 @@ def cases() -> dict[str, Case]:
             sp.compose({one: 1.0}),
             plain.posterior(*data),
             float(plain.log_evidence(*data)),
-            GaussianTwist(JFPS(one.flow.moments), seen),
+            DataTwist(JFPS(one.flow.moments), seen),
         ),
     }
 

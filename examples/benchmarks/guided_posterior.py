@@ -49,14 +49,14 @@ def engines(moments: sp.Moments, sigma_max: float) -> dict[str, Any]:
         "NRLG": NRLG(),
     }
     # The published step of 1 at every one of a thousand levels, as a rate.
-    others = {"MMPS": MMPS(2), "DPS": DPS(1000 / (2 * math.log(sigma_max / 0.1)))}
+    others = {"MMPS": MMPS(2, num_probes=1), "DPS": DPS(1000 / (2 * math.log(sigma_max / 0.1)))}
     alone = {
         name: sp.Guided(method, NUM_DRAWS, NUM_STEPS)
         for name, method in (gaussian | others).items()
     }
     corrected = {
         f"{name}, corrected": sp.FeynmanKac(method, NUM_DRAWS // 4, 4, NUM_STEPS)
-        for name, method in (gaussian | {"MCGDiff": MCGDiff()}).items()
+        for name, method in (gaussian | {"MCGDiff": MCGDiff()} | others).items()
     }
     return corrected | alone
 

@@ -4,7 +4,13 @@ Methods for data `y = f(x) + N(0, cov_y)` are called with a denoiser and an obse
 `ClassifierGuidance`, `ClassifierFree`, `EventGuidance` and `Replacement` are denoisers themselves.
 """
 
-from scoreprior.guide.base import AbstractGaussianGuidance, AbstractGuidance, GuidedDenoiser
+from scoreprior.guide.base import (
+    AbstractGaussianGuidance,
+    AbstractGaussianTwist,
+    AbstractGuidance,
+    AbstractTwist,
+    GuidedDenoiser,
+)
 from scoreprior.guide.classifier import ClassifierFree, ClassifierGuidance
 from scoreprior.guide.diffpir import DiffPIR
 from scoreprior.guide.dps import DPS
@@ -16,7 +22,7 @@ from scoreprior.guide.nrlg import NRLG
 from scoreprior.guide.pigdm import PiGDM
 from scoreprior.guide.replace import Replacement
 from scoreprior.guide.tmpd import TMPD, DiagonalTMPD
-from scoreprior.guide.twist import Steering
+from scoreprior.guide.twist import Classifier, Steering
 
 __all__ = [
     "DPS",
@@ -26,7 +32,10 @@ __all__ = [
     "TMPD",
     "AbstractCondition",
     "AbstractGaussianGuidance",
+    "AbstractGaussianTwist",
     "AbstractGuidance",
+    "AbstractTwist",
+    "Classifier",
     "ClassifierFree",
     "ClassifierGuidance",
     "DiagonalTMPD",

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from scoreprior._typing import Context, Event, Scalar, Sigma
 from scoreprior.denoise.base import AbstractDenoiser
+from scoreprior.gaussian import Moments
 from scoreprior.observation import AbstractObservation
 
 Denoise = Callable[[Event], Event]
@@ -71,31 +72,78 @@ class GuidedDenoiser(AbstractDenoiser):
         return self.guidance.guide(denoise, self.observation, x, sigma)
 
 
+class AbstractTwist(AbstractGuidance):
+    """A method that also says how likely the data are, so that weights can correct it."""
+
+    @abstractmethod
+    def twist(
+        self, denoise: Denoise, observation: AbstractObservation, x: Event, sigma: Sigma
+    ) -> tuple[Scalar, Event]:
+        """`tau ~ log p(y | x_t = x)` up to a constant, and the direction in which it grows."""
+
+
 class Predicted(NamedTuple):
-    """`p(y | x_t) ~ N(mean, covariance)` at a point.
+    """`p(Q y | x_t) ~ N(mean, covariance)` at a point, for `k` combinations `Q y` of the data.
 
     `B` is the derivative of the mean with respect to `x_t`, as the method has it, and `A` that of
-    `f`, whence `B = A J` for a Jacobian `J` of the denoiser.
+    `Q f`, whence `B = A J` for a Jacobian `J` of the denoiser. `basis` is `Q`, with orthonormal
+    rows, or `None` for the data themselves, and `log_rest` what is said of the log density of the
+    data outside, if anything.
     """
 
-    mean: Float[Array, " m"]
-    A: Float[Array, "m n"]
-    B: Float[Array, "m n"]
-    covariance: Float[Array, "m m"]
+    mean: Float[Array, " k"]
+    A: Float[Array, "k n"]
+    B: Float[Array, "k n"]
+    covariance: Float[Array, "k k"]
+    basis: Float[Array, "k m"] | None = None
+    log_rest: Scalar | None = None
+
+    def combine(self, y: Float[Array, " m"]) -> Float[Array, " k"]:
+        """`Q y`."""
+        return y if self.basis is None else self.basis @ y
+
+    def noise(self, noise: Moments) -> Float[Array, "k k"]:
+        """`Q cov_y Q'`."""
+        return noise.covariance() if self.basis is None else compress(noise, self.basis)
+
+    def log_prob(self, y: Float[Array, " m"]) -> Scalar:
+        """The log density of the data, as far as it is known."""
+        log_prob = log_normal(self.combine(y), self.mean, self.covariance)
+        return log_prob if self.log_rest is None else log_prob + self.log_rest
 
     def pull(self, y: Float[Array, " m"]) -> Float[Array, " n"]:
-        """`B' S^-1 (y - mean)`: the approximate gradient of `log p(y | x_t)`."""
-        return self.B.T @ cho_solve(cho_factor(self.covariance, lower=True), y - self.mean)
+        """`B' S^-1 (Q y - mean)`: the approximate gradient of `log p(y | x_t)`."""
+        error = self.combine(y) - self.mean
+        return self.B.T @ cho_solve(cho_factor(self.covariance, lower=True), error)
 
 
-class AbstractGaussianGuidance(AbstractGuidance):
-    """A method by a Gaussian `p(y | x_t)`."""
+def compress(noise: Moments, basis: Float[Array, "k m"]) -> Float[Array, "k k"]:
+    """`Q C Q'` for the covariance `C` of `noise`, without a matrix of data by data."""
+    rows = basis.reshape(-1, *noise.event_shape)
+    images = jax.vmap(lambda row: noise.apply(noise.eigenvalues, row))(rows)
+    return images.reshape(basis.shape) @ basis.T
+
+
+class AbstractGaussianTwist(AbstractTwist):
+    """A method with a Gaussian `p(y | x_t)`, of the data or of combinations of them."""
 
     @abstractmethod
     def predict(
         self, denoise: Denoise, observation: AbstractObservation, x: Event, sigma: Sigma
     ) -> tuple[Event, Predicted]:
         """`D(x, sigma)`, and the law of the data given `x_t = x`."""
+
+    def twist(
+        self, denoise: Denoise, observation: AbstractObservation, x: Event, sigma: Sigma
+    ) -> tuple[Scalar, Event]:
+        """`log N(y; mean, S)` and `B' S^-1 (y - mean)`."""
+        y = observation.data.ravel()
+        _, predicted = self.predict(denoise, observation, x, sigma)
+        return predicted.log_prob(y), predicted.pull(y).reshape(x.shape)
+
+
+class AbstractGaussianGuidance(AbstractGaussianTwist):
+    """A method whose denoiser, too, is that of its Gaussian `p(y | x_t)`."""
 
     def guide(
         self, denoise: Denoise, observation: AbstractObservation, x: Event, sigma: Sigma
@@ -143,11 +191,14 @@ def operator(observation: AbstractObservation, x: Event) -> Float[Array, "m n"]:
 
 __all__ = [
     "AbstractGaussianGuidance",
+    "AbstractGaussianTwist",
     "AbstractGuidance",
+    "AbstractTwist",
     "GuidedDenoiser",
     "Linearised",
     "Predicted",
     "as_tree",
+    "compress",
     "linearise",
     "log_normal",
     "operator",

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from scoreprior._typing import Event, Sigma
+from scoreprior._typing import Event, Scalar, Sigma
 from scoreprior.guide.base import (
     AbstractGaussianGuidance,
-    AbstractGuidance,
+    AbstractTwist,
     Denoise,
     Predicted,
     linearise,
@@ -37,7 +37,7 @@ class TMPD(AbstractGaussianGuidance):
         return x_hat, Predicted(mean, A, AJ, covariance)
 
 
-class DiagonalTMPD(AbstractGuidance):
+class DiagonalTMPD(AbstractTwist):
     """`TMPD` with `S` replaced by the diagonal matrix of its row sums (Boys et al. 2023).
 
         S ~ diag(cov_y 1 + sigma^2 A J A' 1)
@@ -49,6 +49,20 @@ class DiagonalTMPD(AbstractGuidance):
     def guide(
         self, denoise: Denoise, observation: AbstractObservation, x: Event, sigma: Sigma
     ) -> Event:
+        x_hat, _, _, direction = self._solve(denoise, observation, x, sigma)
+        return x_hat + sigma**2 * direction
+
+    def twist(
+        self, denoise: Denoise, observation: AbstractObservation, x: Event, sigma: Sigma
+    ) -> tuple[Scalar, Event]:
+        """`log N(y; f(D), S)`, NaN where a row sum is negative, and `J' A' S^-1 (y - f(D))`."""
+        _, error, sums, direction = self._solve(denoise, observation, x, sigma)
+        return -0.5 * jnp.sum(error**2 / sums + jnp.log(2 * jnp.pi * sums)), direction
+
+    def _solve(
+        self, denoise: Denoise, observation: AbstractObservation, x: Event, sigma: Sigma
+    ) -> tuple[Event, Array, Array, Event]:
+        """`D`, `y - f(D)`, the diagonal of `S` and the direction."""
         x_hat, pullback = jax.vjp(denoise, x)
         mean, pull_operator = jax.vjp(observation.mean, x_hat)
 
@@ -59,4 +73,5 @@ class DiagonalTMPD(AbstractGuidance):
         cross = spread(ones)
         seen = jax.jvp(observation.mean, (x_hat,), (cross,))[1]
         sums = noise.apply(noise.eigenvalues, ones) + sigma**2 * seen
-        return x_hat + sigma**2 * spread((observation.data - mean) / sums)
+        error = observation.data - mean
+        return x_hat, error, sums, spread(error / sums)

@@ -11,24 +11,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from scoreprior._typing import Event, Scalar
+from scoreprior._typing import Event, Scalar, Sigma
 from scoreprior._util import check_positive
-from scoreprior.guide.base import AbstractGaussianGuidance, Denoise, log_normal
+from scoreprior.guide.base import AbstractTwist, Denoise, as_tree
 from scoreprior.guide.event import AbstractCondition, EventMoments
 from scoreprior.observation import AbstractObservation
 
 
-class GaussianTwist(eqx.Module):
-    """`N(y; mean, S)` of a Gaussian method, and its approximate gradient."""
+class DataTwist(eqx.Module):
+    """What a method says of data, and its direction."""
 
-    guidance: AbstractGaussianGuidance
+    guidance: AbstractTwist
     observation: AbstractObservation
 
     def __call__(self, denoise: Denoise, x: Event, r: Scalar) -> tuple[Scalar, Event]:
-        y = self.observation.data.ravel()
-        _, predicted = self.guidance.predict(denoise, self.observation, x, r)
-        tau = log_normal(y, predicted.mean, predicted.covariance)
-        return tau, predicted.pull(y).reshape(x.shape)
+        return self.guidance.twist(denoise, self.observation, x, r)
 
 
 class EventTwist(eqx.Module):
@@ -76,4 +73,44 @@ class SteeringTwist(eqx.Module):
         return jax.value_and_grad(tau)(x) if self.steering.follow else (tau(x), jnp.zeros_like(x))
 
 
-__all__ = ["EventTwist", "GaussianTwist", "Steering", "SteeringTwist"]
+class Classifier(eqx.Module):
+    """`tau = scale log p(c | x_t)`: `ClassifierGuidance` as a twist, for weights to correct.
+
+    The law is that of the model, whose last word on `c` is a `numpyro.factor` or a likelihood of
+    clean events. So the classifier of noisy events need not be right, nor agree with it at the last
+    level; the better it is, the less the weights vary. One gradient of it per step, and none of the
+    denoiser.
+
+    **Arguments:** `log_prob(x_t, sigma)`, a function or a callable pytree, as `ClassifierGuidance`
+    has it: `sigma` is the noise level of the denoiser, with `sigma_min` in it; `scale`, a factor.
+    """
+
+    log_prob: Callable[[Event, Sigma], Scalar] = eqx.field(converter=as_tree)
+    scale: Scalar = eqx.field(default=1.0, converter=jnp.asarray)
+
+    def __check_init__(self):
+        check_positive("scale", self.scale)
+
+
+class ClassifierTwist(eqx.Module):
+    """A `Classifier` of events that have noise of level `sigma_min` themselves."""
+
+    classifier: Classifier
+    sigma_min: Scalar
+
+    def __call__(self, denoise: Denoise, x: Event, r: Scalar) -> tuple[Scalar, Event]:
+        def tau(x: Event) -> Scalar:
+            sigma = jnp.sqrt(r**2 + self.sigma_min**2)
+            return self.classifier.scale * self.classifier.log_prob(x, sigma)
+
+        return jax.value_and_grad(tau)(x)
+
+
+__all__ = [
+    "Classifier",
+    "ClassifierTwist",
+    "DataTwist",
+    "EventTwist",
+    "Steering",
+    "SteeringTwist",
+]

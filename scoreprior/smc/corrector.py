@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from scoreprior._psis import MAX_K_HAT, smooth
 from scoreprior._run import Checkpoint, Draws, Loop, fingerprint, key_words, run_chunks
-from scoreprior._typing import Event, Key, Scalar
+from scoreprior._typing import Key
 from scoreprior._util import check_count
 from scoreprior.composition import Composition
 from scoreprior.feynman_kac import (
@@ -21,21 +21,17 @@ from scoreprior.feynman_kac import (
     AbstractWeight,
     Composed,
     FKState,
-    Levels,
-    NoControl,
     Resampling,
     Trapezoid,
     init,
     step,
 )
-from scoreprior.guide import TMPD, AbstractCondition, AbstractGaussianGuidance, MCGDiff, Steering
-from scoreprior.guide.twist import EventTwist, GaussianTwist, SteeringTwist
+from scoreprior.guide import TMPD
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
-from scoreprior.problem.observed import ObservedEvent, observed_event, only_prior
-from scoreprior.sample import LogGrid
-from scoreprior.smc.pinned import Coordinates, Pinned
+from scoreprior.smc.pinned import Pinned
 from scoreprior.smc.report import FEW_ANCESTORS, draw_rows, history, pool_evidence, warn_groups
+from scoreprior.smc.target import Guidance, Scheme, Target
 from scoreprior.smc.twisted import Twisted
 
 
@@ -50,12 +46,13 @@ class FeynmanKac(eqx.Module):
 
     The prior is a `ScorePrior` or a `Composition`, and the guidance one of
 
-    - a Gaussian method such as `TMPD()` or `JFPS(...)`, for one site observed with Gaussian noise.
-      Moves of a `ScorePrior` are then drawn from the posterior of the next event under a Gaussian
-      for the next twist, so that weights vary little (see `smc.twisted`);
+    - a method for one site observed with Gaussian noise: `TMPD()`, `DiagonalTMPD()`, `MMPS(...)`,
+      `PiGDM(...)`, `JFPS(...)`, `DiffPIR(...)`, `NRLG()` or `DPS(...)`. By all but `DiagonalTMPD`
+      and `DPS`, moves of a `ScorePrior` are drawn from the posterior of the next event under a
+      Gaussian for the next twist, so that weights vary little (see `smc.twisted`);
     - `guide.MCGDiff()`, for linear data and a `ScorePrior`;
-    - a condition, `guide.Exceeds(...)` or `guide.Equals(...)`: rare events, which the model holds
-      as a `numpyro.factor`;
+    - a condition, `guide.Exceeds(...)` or `guide.Equals(...)`, or `guide.Classifier(log_prob)`:
+      rare events and classes, which the model holds as a `numpyro.factor`;
     - `guide.Steering(scale)`, for any observed sites and factors;
     - `None`: the prior itself, weighted by the likelihood at the end.
 
@@ -77,9 +74,7 @@ class FeynmanKac(eqx.Module):
     the progress bar and of the checkpoint; it does not change the draws.
     """
 
-    guidance: AbstractGaussianGuidance | AbstractCondition | MCGDiff | Steering | None = eqx.field(
-        default=TMPD()
-    )
+    guidance: Guidance = eqx.field(default=TMPD())
     num_particles: int = eqx.field(static=True, default=1000)
     num_groups: int = eqx.field(static=True, default=4)
     num_steps: int = eqx.field(static=True, default=100)
@@ -91,11 +86,11 @@ class FeynmanKac(eqx.Module):
     chunk_size: int = eqx.field(static=True, default=10, kw_only=True)
 
     def __check_init__(self):
-        kinds = (AbstractGaussianGuidance, AbstractCondition, MCGDiff, Steering, type(None))
-        if not isinstance(self.guidance, kinds):
+        if not isinstance(self.guidance, Guidance):
             raise TypeError(
-                "guidance must say how likely the data are, such as TMPD(), PiGDM(...), a "
-                f"condition or Steering(...), or be None, got {self.guidance!r}"
+                "guidance must say how likely the data are, for weights to correct: a method such "
+                "as TMPD(), MMPS() or DPS(...), MCGDiff(), a condition such as Exceeds(...), "
+                f"Classifier(...), Steering(...), or None for the prior, got {self.guidance!r}"
             )
         if not isinstance(self.control, AbstractControl | None):
             raise TypeError(f"control must be VarianceControl() or NoControl(), got {self.control}")
@@ -136,7 +131,7 @@ class FeynmanKac(eqx.Module):
         no other latent site, and for a Gaussian method one observed site, seen in Gaussian noise
         that is known; and `FloatingPointError` where a weight is not a number, or none is positive.
         """
-        target = self._target(problem)
+        target = self._scheme.target(problem)
         key_start, key_steps, key_end = jax.random.split(key, 3)
         store = Checkpoint.of(checkpoint, lambda: self._settings(target, key))
         clouds = _start(self, target.chain, key_start)
@@ -169,71 +164,12 @@ class FeynmanKac(eqx.Module):
         self._warn(draws)
         return draws
 
-    def _target(self, problem: Problem) -> "Target":
-        name, guidance = type(self).__name__, self.guidance
-        if isinstance(guidance, MCGDiff):
-            return self._pinned(observed_event(problem, f"{name}(MCGDiff())"))
-        if isinstance(guidance, AbstractGaussianGuidance) and problem.sites.observed:
-            seen = observed_event(problem, name, composed=True)
-            data = seen.observation.data, seen.observation.noise
-            if isinstance(seen.prior, ScorePrior) and self.control is None:
-                flow = seen.prior.flow
-                sigmas = LogGrid(flow.sigma_min, flow.sigma_max)(self.num_steps)
-                sigmas = sigmas.astype(flow.moments.mean.dtype)
-                levels = Levels.half_noise(flow.sigma_min, sigmas)
-                chain = Twisted(
-                    flow, seen.observation, guidance, levels, self.batch_size, self.rejuvenation
-                )
-                return Target(seen.problem, seen.site, chain, data, seen.prior)
-            twist = GaussianTwist(guidance, seen.observation)
-            return self._composed(seen, twist, data)
-        event = only_prior(problem, name)
-        data = problem.args, problem.kwargs, problem.sites.params
-        if not event.has_data and isinstance(guidance, AbstractCondition | Steering):
-            raise ValueError(
-                f"guidance {type(guidance).__name__} needs an observed site or a factor in the "
-                "model, such as numpyro.factor(name, log_probability), got none"
-            )
-        if isinstance(guidance, AbstractCondition):
-            return self._composed(event, EventTwist(guidance), data)
-        if isinstance(guidance, Steering):
-            twist = SteeringTwist(guidance, EventLikelihood(event.problem, event.site))
-            return self._composed(event, twist, data)
-        return self._composed(event, None, data)
+    @property
+    def _scheme(self) -> Scheme:
+        named = {name: getattr(self, name) for name in Scheme._fields[1:]}
+        return Scheme(type(self).__name__, **named)
 
-    def _pinned(self, seen: ObservedEvent) -> "Target":
-        if self.control is not None or self.rejuvenation is not None:
-            raise ValueError(
-                "control and rejuvenation must be None with MCGDiff(), got one of them"
-            )
-        flow = seen.prior.flow
-        sigmas = LogGrid(flow.sigma_min, flow.sigma_max)(self.num_steps)
-        levels = Levels.full_noise(flow.sigma_min, sigmas.astype(flow.moments.mean.dtype))
-        coordinates = Coordinates.make(seen.observation, flow.moments.mean)
-        chain = Pinned(flow, coordinates, levels, self.batch_size)
-        data = seen.observation.data, seen.observation.noise
-        return Target(seen.problem, seen.site, chain, data, seen.prior)
-
-    def _composed(self, event: Any, twist: Any, data: Any) -> "Target":
-        """A chain with the twist along the gradient, for any `prior` of `event`."""
-        problem, site, prior, control = event.problem, event.site, event.prior, self.control
-        if isinstance(prior, ScorePrior):
-            control = control or NoControl()
-            prior = Composition((prior,), (1.0,))
-        if self.rejuvenation is not None:
-            self.rejuvenation.check(np.asarray(prior.exponents, float).tolist())
-        chain = prior.composed(
-            self.num_steps,
-            weight=self.weight,
-            control=control,
-            twist=twist,
-            log_likelihood=EventLikelihood(problem, site),
-            batch_size=self.batch_size,
-            rejuvenation=self.rejuvenation,
-        )
-        return Target(problem, site, chain, data, prior)
-
-    def _settings(self, target: "Target", key: Key) -> dict[str, Any]:
+    def _settings(self, target: Target, key: Key) -> dict[str, Any]:
         free = ("chunk_size", "batch_size", "guidance", "control", "weight", "rejuvenation")
         engine = {name: value for name, value in vars(self).items() if name not in free}
         return {
@@ -266,26 +202,6 @@ class FeynmanKac(eqx.Module):
                 stacklevel=3,
             )
         warn_groups(record["group_log_evidence"], remedy)
-
-
-class EventLikelihood(eqx.Module):
-    """The log likelihood of one event at prior site `site`."""
-
-    problem: Problem
-    site: str = eqx.field(static=True)
-
-    def __call__(self, x: Event) -> Scalar:
-        return self.problem.log_likelihood({self.site: x})
-
-
-class Target(NamedTuple):
-    """What a run is after: prior site `site` of `problem`, by the chain of a Feynman-Kac model."""
-
-    problem: Problem
-    site: str
-    chain: Twisted | Composed | Pinned
-    data: Any
-    prior: ScorePrior | Composition
 
 
 def _flows(prior: ScorePrior | Composition) -> Any:

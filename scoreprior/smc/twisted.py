@@ -45,7 +45,7 @@ from scoreprior.denoise.base import Noised
 from scoreprior.feynman_kac import FeynmanKacModel, Levels, over
 from scoreprior.feynman_kac.rejuvenate import AbstractRejuvenation, Place, Target
 from scoreprior.flow import Flow
-from scoreprior.guide.base import AbstractGaussianGuidance, Predicted, log_normal, operator
+from scoreprior.guide.base import AbstractGaussianTwist, Predicted, operator
 from scoreprior.guide.linear import Linear, first_event
 from scoreprior.observation import AbstractObservation
 
@@ -63,7 +63,7 @@ class Twisted(eqx.Module):
 
     flow: Flow
     observation: AbstractObservation
-    guidance: AbstractGaussianGuidance
+    guidance: AbstractGaussianTwist
     levels: Levels
     batch_size: int | None = eqx.field(static=True)
     rejuvenation: AbstractRejuvenation | None = None
@@ -124,16 +124,11 @@ class Twisted(eqx.Module):
     def _know(self, x: Event, r: Scalar) -> Known:
         denoiser = Noised(self.flow.denoiser, jnp.asarray(self.flow.sigma_min))
         x_hat, predicted = self.guidance.predict(lambda x: denoiser(x, r), self.observation, x, r)
-        twist = log_normal(self._y, predicted.mean, predicted.covariance)
-        return Known(x_hat, predicted, twist)
+        return Known(x_hat, predicted, predicted.log_prob(self._y))
 
     @property
     def _y(self) -> Float[Array, " m"]:
         return self.observation.data.ravel()
-
-    @property
-    def _cov_y(self) -> Float[Array, "m m"]:
-        return self.observation.noise.covariance()
 
     def _first(self, key: Key) -> tuple[Event, Scalar, Known]:
         sigma_min, start = self.flow.sigma_min, self.levels.start
@@ -146,12 +141,12 @@ class Twisted(eqx.Module):
         r_next = self.levels.r[k + 1]
         predicted = known.predicted
         T, spread = carry(predicted, r, r_next, h)
-        B, S = T @ predicted.B, self._cov_y + r_next**2 * spread
+        B, S = T @ predicted.B, predicted.noise(self.observation.noise) + r_next**2 * spread
         key_draw, key = jax.random.split(key)
         centre = x + h / r**2 * (known.x_hat - x)
         draw = centre + jnp.sqrt(V) * jax.random.normal(key_draw, x.shape, x.dtype)
         linear = Linear(predicted.mean, B, V * B)
-        x, log_ratio = linear.condition(key, centre, draw, self._y, S)
+        x, log_ratio = linear.condition(key, centre, draw, predicted.combine(self._y), S)
         new = self._know(x, r_next)
         return x, new.twist + log_ratio - known.twist, new
 
@@ -160,10 +155,17 @@ class Twisted(eqx.Module):
         key_draw, key = jax.random.split(key)
         centre = x + h / r**2 * (known.x_hat - x)
         draw = centre + jnp.sqrt(V) * jax.random.normal(key_draw, x.shape, x.dtype)
-        A = operator(self.observation, centre)
-        linear = Linear(self.observation.mean(centre).ravel(), A, V * A)
-        x, log_ratio = linear.condition(key, centre, draw, self._y, self._cov_y)
-        exact = log_normal(self._y, self.observation.mean(x).ravel(), self._cov_y)
+        noise = self.observation.noise
+        seen = known.predicted
+        if seen.basis is None:
+            A, mean = operator(self.observation, centre), self.observation.mean(centre).ravel()
+        else:
+            # The same of combinations of the data: as if the denoiser were the identity.
+            _, seen = self.guidance.predict(lambda x: x, self.observation, centre, jnp.sqrt(V))
+            A, mean = seen.A, seen.mean
+        linear = Linear(mean, A, V * A)
+        x, log_ratio = linear.condition(key, centre, draw, seen.combine(self._y), seen.noise(noise))
+        exact = noise.log_prob(self.observation.data - self.observation.mean(x))
         return x, exact + log_ratio - known.twist, known
 
 
