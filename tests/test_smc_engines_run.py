@@ -26,7 +26,7 @@ PARTIAL = {
     "persistent": "interrupted at temperature .* of 1: .* not from the posterior",
     "nested": "interrupted with .* of the evidence in live points: .* wider than the posterior",
 }
-EXTRA = {"persistent": {"temperature_of_draw", "ancestor"}, "nested": set()}
+EXTRA = {"persistent": {"temperature_of_draw", "ancestor"}, "nested": {"ancestor"}}
 
 
 def draw(name, key=KEY, checkpoint=None, of=None):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from scoreprior._slice import slice_line
 from scoreprior._typing import Key, Scalar
@@ -23,12 +23,14 @@ class LivePoint(NamedTuple):
     logdensity: Scalar
     loglikelihood: Scalar
     loglikelihood_birth: Scalar  # the contour within which it was drawn, NaN for the prior
+    ancestor: Int[Array, ""]  # the prior draw whence it comes, by copies and moves
 
 
-def live_point(problem: Problem, position: Any) -> LivePoint:
-    """A draw from the prior."""
+def live_point(problem: Problem, position: Any, ancestor: Int[Array, ""]) -> LivePoint:
+    """The point at `position`, as if drawn from the prior."""
     log_prior, log_likelihood = problem.log_prior(position), problem.log_likelihood(position)
-    return LivePoint(position, log_prior, log_likelihood, jnp.full_like(log_likelihood, jnp.nan))
+    birth = jnp.full_like(log_likelihood, jnp.nan)
+    return LivePoint(position, log_prior, log_likelihood, birth, ancestor)
 
 
 def directions(key: Any, state: Any, info: Any, params: Any) -> dict[str, Array]:
@@ -59,7 +61,7 @@ def slice_move(
     direction = covariance_factor @ (noise / jnp.linalg.norm(noise))
 
     def at(t: Scalar) -> LivePoint:
-        moved = live_point(problem, unravel(flat + t * direction))
+        moved = live_point(problem, unravel(flat + t * direction), point.ancestor)
         inside = jnp.where(moved.loglikelihood > contour, moved.logdensity, -jnp.inf)
         value = jnp.where(jnp.isnan(moved.loglikelihood), jnp.nan, inside)
         return moved._replace(logdensity=value)

@@ -97,10 +97,11 @@ class NestedSampling(eqx.Module):
     ) -> Draws:
         """Draw from the posterior of `problem`: draws [group, num_samples], of equal weight.
 
-        `stats` hold for every draw its joint log density `lp` and its `group_of_draw`. `extra`
-        holds `log_evidence`, `log_evidence_se`, `log_evidence_se_volumes`, `group_log_evidence`
-        [group], `information`, the divergence of the posterior from the prior in nats,
-        `posterior_ess`, and the record of every step, [group, step].
+        `stats` hold for every draw its joint log density `lp`, its `group_of_draw` and its
+        `ancestor`, the prior draw of that group whence it comes by copies and moves. `extra` holds
+        `log_evidence`, `log_evidence_se`, `log_evidence_se_volumes`, `group_log_evidence` [group],
+        `information`, the divergence of the posterior from the prior in nats, `posterior_ess`, and
+        the record of every step, [group, step].
 
         With `checkpoint`, a directory, the run is stored after every chunk, and the same call
         resumes it bit for bit. Ctrl-C returns what the dead and live points so far say of the
@@ -145,6 +146,7 @@ class NestedSampling(eqx.Module):
         stats = {
             "lp": (points.log_prior + points.log_likelihood)[rows],
             "group_of_draw": points.group[rows],
+            "ancestor": points.ancestor[rows],
         }
         return {name: leaf[rows] for name, leaf in points.position.items()}, stats
 
@@ -204,6 +206,7 @@ class Points(NamedTuple):
     log_prior: np.ndarray
     log_likelihood: np.ndarray
     birth: np.ndarray  # log likelihood of the contour within which it was drawn, NaN for the prior
+    ancestor: np.ndarray  # the prior draw of its group whence it comes
     group: np.ndarray
 
 
@@ -218,7 +221,11 @@ class Found(NamedTuple):
 def _start(engine: NestedSampling, problem: Problem, key: Key) -> AdaptiveNSState:
     def one(key: Key) -> AdaptiveNSState:
         positions = jax.vmap(problem.initial)(jax.random.split(key, engine.num_live))
-        init = jax.vmap(partial(live_point, problem))
+
+        def init(positions: Any) -> LivePoint:
+            ancestors = jnp.arange(engine.num_live, dtype=jnp.int32)
+            return jax.vmap(partial(live_point, problem))(positions, ancestors)
+
         return init_live(positions, init, update_inner_kernel_params_fn=directions, rng_key=key)
 
     return jax.vmap(one)(jax.random.split(key, engine.num_groups))
@@ -275,6 +282,7 @@ def _step(engine: NestedSampling, problem: Problem, key: Key, state: AdaptiveNSS
         "log_prior": dead.logdensity,
         "log_likelihood": dead.loglikelihood,
         "birth": dead.loglikelihood_birth,
+        "ancestor": dead.ancestor,
     }
     return state, {"position": dead.position, "dead": numbers, "record": record}
 
@@ -298,6 +306,7 @@ def _merge(chunks: list[Chunk], live: LivePoint) -> Points:
         join("dead", "log_prior", live.logdensity),
         log_likelihood,
         join("dead", "birth", live.loglikelihood_birth),
+        join("dead", "ancestor", live.ancestor),
         np.repeat(np.arange(num_groups), len(log_likelihood) // num_groups),
     )
 
