@@ -184,6 +184,8 @@ class FeynmanKac(eqx.Module):
                 chain = Twisted(
                     flow, seen.observation, guidance, levels, self.batch_size, self.rejuvenation
                 )
+                if seen.observation.is_linear(jax.random.key(2)):
+                    chain = chain.whitened()
                 return Target(seen.problem, seen.site, chain, data, seen.prior)
             twist = GaussianTwist(guidance, seen.observation)
             return self._composed(seen, twist, data)
