@@ -89,8 +89,9 @@ def compare(*trees: DataTree, names: Sequence[str] | None = None) -> DataFrame:
     - `log_evidence` and `log_evidence_se`, where the engine gives them.
 
     **Particles** that descend from one ancestor in one group depend on one another: they form a
-    cluster. For `TemperedSMC`, `PersistentSMC` and `FeynmanKac`, with clusters `c` of `n_c` of all
-    `n` draws `x_i` of mean `m` and standard deviation `s`, the standard errors are
+    cluster. For `TemperedSMC`, `PersistentSMC`, `NestedSampling` and `FeynmanKac`, with clusters
+    `c` of `n_c` of all `n` draws `x_i` of mean `m` and standard deviation `s`, the standard errors
+    are
 
         se(m)^2 = sum_c (sum_{i in c} (x_i - m))^2 / (n^2 (1 - sum_c (n_c / n)^2))
         se(s)   = se(s^2) / (2 s), se(s^2) that of the mean of (x_i - m)^2

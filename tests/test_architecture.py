@@ -20,7 +20,7 @@ LADDER = (
     {"denoise", "nn", "observation", "solver"},
     {"density", "feynman_kac", "flow", "ito", "sample", "train"},
     {"composition", "io", "prior"},
-    {"_psis", "_run", "guide", "problem"},
+    {"_psis", "_run", "_slice", "guide", "problem"},
     {"mcmc", "smc", "vi"},
     {"check", "compare", "infer", "plot", "sbi"},
     {"cli"},

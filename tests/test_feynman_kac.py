@@ -1,5 +1,6 @@
 """Feynman-Kac models: the evidence without bias, guided posteriors against the closed form."""
 
+import dataclasses
 import re
 
 import jax
@@ -253,6 +254,23 @@ def check(draws, name, *, bias=0.05):
 def test_corrected_guidance_has_the_posterior_and_the_evidence(guidance, bias):
     draws = FeynmanKac(guidance, 400, 64, 150).run(PLANE, KEY, progress=False)
     check(draws, "plane", bias=bias)
+
+
+@pytest.mark.promotes_ranks
+def test_linear_data_are_whitened_once_and_the_step_is_the_same():
+    def bent(y):
+        x = numpyro.sample("x", MIXTURE_PRIOR)
+        numpyro.sample("y", dist.MultivariateNormal(A_M @ x**2, COV_M), obs=y)
+
+    engine = FeynmanKac(TMPD(), 8, 1, 10)
+    assert engine._target(Problem.from_model(bent, Y_M)).chain.whitening is None
+    chain = engine._target(PLANE).chain
+    own = dataclasses.replace(chain, whitening=None)
+    start = chain.init(KEY, 8)
+    x, log_weights, _ = chain.propagate(KEY, jnp.asarray(5), start[0], start[2], start[1])
+    expected, expected_weights, _ = own.propagate(KEY, jnp.asarray(5), start[0], start[2], start[1])
+    np.testing.assert_allclose(x, expected, rtol=1e-9)
+    np.testing.assert_allclose(log_weights, expected_weights, rtol=1e-9)
 
 
 @pytest.mark.promotes_ranks

@@ -18,6 +18,7 @@ import oracles
 import scoreprior as sp
 from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
 from scoreprior._run import Checkpoint
+from scoreprior._slice import slice_line
 from scoreprior.denoise import Gaussian
 from scoreprior.flow import FixedGrid, Flow
 from scoreprior.gaussian import Moments
@@ -35,7 +36,6 @@ from scoreprior.mcmc import (
     Slice,
 )
 from scoreprior.mcmc.gaussian_prior import log_factor, standardisation
-from scoreprior.mcmc.gradient_free import slice_line
 from scoreprior.mcmc.start import start_chains
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem

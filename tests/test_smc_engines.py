@@ -8,8 +8,15 @@ import numpyro.distributions as dist
 import pytest
 
 import oracles
+import scoreprior.smc.nested as nested
 from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
+from scoreprior._run import Chunk
+from scoreprior.compare import Clusters
+from scoreprior.denoise import Gaussian
+from scoreprior.gaussian import Moments
+from scoreprior.problem import Problem
 from scoreprior.smc import NestedSampling, PersistentSMC, TemperedSMC
+from stats import GATE
 from two_priors import PRIOR_G, PRIOR_M, build, check_evidence, check_law, run
 
 pytestmark = [pytest.mark.promotes_ranks, pytest.mark.slow]
@@ -81,3 +88,46 @@ def test_likelihoods_of_zero(name):
     mean, cov = oracles.moments(oracles.at_level(GAUSSIAN, 0.1))
     tail = jax.scipy.stats.norm.logcdf((mean[0] - cov[0, 1] - 1.0) / cov[0, 0] ** 0.5)
     check_evidence(draws, float(cov[1, 1] / 2 - mean[1] + tail), bias=0.2)
+
+
+def test_the_error_of_nested_sampling_by_ancestors_is_that_of_repeated_runs():
+    """A Gaussian in the plane, with two moves per new point, which remember their start.
+
+    Groups are the repetitions, each taken as a run of its own. Some 11 ancestors are left; the mean
+    square of a t of 11 degrees of freedom is 1.2.
+    """
+    sd, y = 0.3, np.array([1.5, -1.0])
+    prior = build(Gaussian(Moments(jnp.zeros(2), jnp.ones(2))), 1)
+
+    def model():
+        x = numpyro.sample("x", prior)
+        numpyro.sample("y", dist.Normal(x, sd).to_event(1), obs=y)
+
+    num_runs, num_draws = 100, 400
+    of, key = Problem.from_model(model), jax.random.key(1)
+    engine = NestedSampling(100, num_runs, num_draws, num_inner_steps=2)
+    chunks, state = [], nested._start(engine, of, key)
+    while not (chunks and engine._is_finished(chunks[-1].outputs)):
+        steps = jnp.asarray(10 * len(chunks)), jnp.asarray(10)
+        state, outputs = nested._advance(engine, of, state, key, *steps)
+        chunks.append(Chunk(0, jax.tree.map(np.asarray, outputs)))
+    points = nested._merge(chunks, state.particles)
+    values = jax.jit(jax.vmap(of.constrain))(points.position)["x"]
+    error, by_ancestors, independent = [], [], []
+    for group, own in enumerate(np.split(np.arange(len(values)), num_runs)):
+        alone = jax.tree.map(lambda leaf, own=own: leaf[own], points)
+        own_key = jax.random.key(group)
+        weights = nested._weigh(own_key, alone._replace(group=0 * own), True).weights
+        rows = np.asarray(nested.draw_rows(own_key, jnp.asarray(weights), 1, num_draws))[0]
+        x = np.asarray(values)[own][rows]
+        variance = 1 / (1 / 1.01 + 1 / sd**2)
+        error.append(x.mean(0) - variance * y / sd**2)
+        by_ancestors.append(Clusters.of(alone.ancestor[rows]).mean_se(x))
+        independent.append(x.std(0) / np.sqrt(num_draws))
+
+    def mean_square(se):
+        return np.mean((np.array(error) / np.array(se)) ** 2)
+
+    limit = GATE * np.sqrt(2 / (2 * num_runs))
+    assert abs(mean_square(by_ancestors) - 1) < limit
+    assert mean_square(independent) > 1 + 2 * limit

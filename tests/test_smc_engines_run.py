@@ -1,6 +1,7 @@
 """Runs of persistent and nested engines: the tree, interruption, resumption, warnings, errors."""
 
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,14 @@ pytestmark = pytest.mark.promotes_ranks
 
 ENGINES = {
     "persistent": PersistentSMC(40, 3, 50, kernel=RandomWalkMoves()),
-    "nested": NestedSampling(30, 3, 50, num_inner_steps=3, chunk_size=4),
+    "nested": NestedSampling(30, 3, 50, num_inner_steps=6, chunk_size=4),
 }
 KILLED = {"persistent": 2, "nested": 8}  # steps stored
 PARTIAL = {
     "persistent": "interrupted at temperature .* of 1: .* not from the posterior",
     "nested": "interrupted with .* of the evidence in live points: .* wider than the posterior",
 }
-EXTRA = {"persistent": {"temperature_of_draw", "ancestor"}, "nested": set()}
+EXTRA = {"persistent": {"temperature_of_draw", "ancestor"}, "nested": {"ancestor"}}
 
 
 def draw(name, key=KEY, checkpoint=None, of=None):
@@ -83,6 +84,29 @@ def test_collapse_and_flat_likelihoods_are_reported():
     found = messages(engine, Problem.from_model(model))
     assert any(re.match("collapsed cloud: .* raise num_live above 3", m) for m in found)
     assert any("of the slice moves found no point within the contour" in m for m in found)
+
+
+def test_a_likelihood_of_nan_is_refused_and_reported():
+    """The likelihood is `exp(x_0)` below 3 and NaN above, where the prior hardly ever is."""
+
+    def model(undefined):
+        x = numpyro.sample("x", LINE)
+        numpyro.factor("tilt", jnp.where(x[0] < 3.0, x[0], undefined))
+
+    engine = NestedSampling(30, 2, 50, num_inner_steps=3, max_remaining=0.3)
+    with pytest.warns(UserWarning, match="NaN on the way of .* return minus infinity") as caught:
+        found = engine.run(Problem.from_model(model, jnp.nan), KEY, progress=False)
+    share = found.extra["diverging"][1]
+    assert 0 < share.mean() < 0.5
+    said = f"NaN on the way of {share.mean():.2g} of all slice moves, "
+    assert any(said in str(warning.message) for warning in caught)
+    # Minus infinity is a value like any other.
+    of = Problem.from_model(model, -jnp.inf)
+    assert not any("NaN" in message for message in messages(engine, of))
+    with warnings.catch_warnings(action="ignore"):
+        quiet = engine.run(of, KEY, progress=False)
+    assert not quiet.extra["diverging"][1].any()
+    np.testing.assert_array_equal(quiet.positions["x"], found.positions["x"])
 
 
 def test_groups_that_disagree_are_reported():

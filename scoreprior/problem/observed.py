@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from scoreprior._typing import Event
+from scoreprior._typing import Event, Key
 from scoreprior.composition import Composition
 from scoreprior.gaussian import Moments
 from scoreprior.observation import AbstractObservation
@@ -37,7 +37,7 @@ class ObservedEvent(NamedTuple):
     problem: Any
     site: str
     prior: ScorePrior
-    observation: AbstractObservation
+    observation: "Observation | Unmasked"
 
 
 class Unmasked(AbstractObservation):
@@ -51,8 +51,12 @@ class Unmasked(AbstractObservation):
     def mean(self, x: Event) -> Float[Array, " m"]:
         return self.observation.mean(x).ravel()[self.index]
 
+    def is_linear(self, key: Key) -> Bool[Array, ""]:
+        """Whether the mean is affine in the event, as for `Observation`."""
+        return self.observation.is_linear(key)
 
-def _unmasked(observation: Observation) -> AbstractObservation:
+
+def _unmasked(observation: Observation) -> Observation | Unmasked:
     """`observation` without masked entries, whose densities would count in the evidence."""
     mask = np.asarray(observation.mask).ravel()
     if mask.all():

@@ -10,9 +10,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.ns import nss
 from blackjax.ns.adaptive import AdaptiveNSState
-from blackjax.ns.base import NSInfo, StateWithLogLikelihood, init_state_strategy
+from blackjax.ns.adaptive import init as init_live
+from blackjax.ns.base import NSInfo, StateWithLogLikelihood
+from blackjax.ns.from_mcmc import build_kernel
 from blackjax.ns.utils import log_weights
 from jaxtyping import Array, Int
 
@@ -20,7 +21,8 @@ from scoreprior._run import Checkpoint, Chunk, Draws, Loop, run_chunks
 from scoreprior._typing import Key
 from scoreprior._util import check_count
 from scoreprior.problem import Problem
-from scoreprior.smc.moves import check_fraction, flatten
+from scoreprior.smc.contour import LivePoint, directions, live_point, slice_move
+from scoreprior.smc.moves import check_fraction
 from scoreprior.smc.report import check_start, draw_rows, history, identify
 
 NUM_SIMULATIONS = 200
@@ -39,7 +41,8 @@ class NestedSampling(eqx.Module):
     known factors, and `Z = int L dX`. No gradient is taken, and neither phase transitions nor
     likelihoods with kinks are an obstacle; but a step of one coordinate costs several evaluations,
     so it is for tens of coordinates, not for thousands. The position is the noise `u`, whose prior
-    is standard normal.
+    is standard normal. A point where the log likelihood is NaN lies outside every contour; slice
+    moves on the way of which there was one are `diverging`, and a warning gives their share.
 
     **Groups** are independent runs. Dead and last live points of all groups are merged into one run
     with `num_groups * num_live` live points (Higson et al. 2019, "Dynamic nested sampling"), whose
@@ -94,10 +97,11 @@ class NestedSampling(eqx.Module):
     ) -> Draws:
         """Draw from the posterior of `problem`: draws [group, num_samples], of equal weight.
 
-        `stats` hold for every draw its joint log density `lp` and its `group_of_draw`. `extra`
-        holds `log_evidence`, `log_evidence_se`, `log_evidence_se_volumes`, `group_log_evidence`
-        [group], `information`, the divergence of the posterior from the prior in nats,
-        `posterior_ess`, and the record of every step, [group, step].
+        `stats` hold for every draw its joint log density `lp`, its `group_of_draw` and its
+        `ancestor`, the prior draw of that group whence it comes by copies and moves. `extra` holds
+        `log_evidence`, `log_evidence_se`, `log_evidence_se_volumes`, `group_log_evidence` [group],
+        `information`, the divergence of the posterior from the prior in nats, `posterior_ess`, and
+        the record of every step, [group, step].
 
         With `checkpoint`, a directory, the run is stored after every chunk, and the same call
         resumes it bit for bit. Ctrl-C returns what the dead and live points so far say of the
@@ -142,11 +146,19 @@ class NestedSampling(eqx.Module):
         stats = {
             "lp": (points.log_prior + points.log_likelihood)[rows],
             "group_of_draw": points.group[rows],
+            "ancestor": points.ancestor[rows],
         }
         return {name: leaf[rows] for name, leaf in points.position.items()}, stats
 
     def _warn(self, draws: Draws, finished: bool) -> None:
         record = {name: values for name, (_, values) in draws.extra.items()}
+        if (diverging := float(record["diverging"].mean())) > 0:
+            warnings.warn(
+                f"the log likelihood was NaN on the way of {diverging:.2g} of all slice moves, and "
+                "these points were refused as if it were minus infinity: where the model is "
+                "impossible return minus infinity, where it is possible keep it finite",
+                stacklevel=3,
+            )
         if not finished:
             self._warn_unfinished(draws.interrupted, float(record["remaining"][:, -1].max()))
             return
@@ -194,6 +206,7 @@ class Points(NamedTuple):
     log_prior: np.ndarray
     log_likelihood: np.ndarray
     birth: np.ndarray  # log likelihood of the contour within which it was drawn, NaN for the prior
+    ancestor: np.ndarray  # the prior draw of its group whence it comes
     group: np.ndarray
 
 
@@ -208,32 +221,14 @@ class Found(NamedTuple):
 def _start(engine: NestedSampling, problem: Problem, key: Key) -> AdaptiveNSState:
     def one(key: Key) -> AdaptiveNSState:
         positions = jax.vmap(problem.initial)(jax.random.split(key, engine.num_live))
-        init = jax.vmap(_particle(problem))
-        return nss.init(positions, init, update_inner_kernel_params_fn=_directions, rng_key=key)
+
+        def init(positions: Any) -> LivePoint:
+            ancestors = jnp.arange(engine.num_live, dtype=jnp.int32)
+            return jax.vmap(partial(live_point, problem))(positions, ancestors)
+
+        return init_live(positions, init, update_inner_kernel_params_fn=directions, rng_key=key)
 
     return jax.vmap(one)(jax.random.split(key, engine.num_groups))
-
-
-def _particle(problem: Problem) -> Any:
-    return partial(
-        init_state_strategy,
-        logprior_fn=problem.log_prior,
-        loglikelihood_fn=problem.log_likelihood,
-    )
-
-
-def _directions(key: Any, state: Any, info: Any, params: Any) -> dict[str, Array]:
-    """What shapes the directions of the slices: a factor of the covariance of the live points.
-
-    It is shrunk towards its diagonal by `size / (n + size)`, so that it is definite for any number
-    of points.
-    """
-    points = flatten(state.particles.position)
-    n, size = points.shape
-    covariance = jnp.cov(points, rowvar=False, ddof=0).reshape(size, size)
-    shrinkage = size / (n + size)
-    covariance = (1 - shrinkage) * covariance + shrinkage * jnp.diag(jnp.diag(covariance))
-    return {"covariance_factor": jnp.linalg.cholesky(covariance)}
 
 
 @eqx.filter_jit
@@ -265,12 +260,13 @@ def _advance(
 
 def _step(engine: NestedSampling, problem: Problem, key: Key, state: AdaptiveNSState) -> Any:
     size = sum(leaf[0].size for leaf in jax.tree.leaves(state.particles.position))
-    kernel = nss.build_kernel(
-        _particle(problem),
-        engine.num_inner_steps or max(5, 2 * size),
-        engine.num_delete or max(1, engine.num_live // 10),
-        inner_kernel_params=_directions,
-    )
+
+    def move(key: Key, point: LivePoint, loglikelihood_0: Array, covariance_factor: Array) -> Any:
+        return slice_move(problem, key, point, loglikelihood_0, covariance_factor)
+
+    num_inner_steps = engine.num_inner_steps or max(5, 2 * size)
+    num_delete = engine.num_delete or max(1, engine.num_live // 10)
+    kernel = build_kernel(move, num_inner_steps, directions, num_delete)
     state, info = kernel(key, state)
     dead, slices, integral = info.particles, info.update_info, state.integrator
     total = jnp.logaddexp(integral.logZ, integral.logZ_live)
@@ -278,18 +274,20 @@ def _step(engine: NestedSampling, problem: Problem, key: Key, state: AdaptiveNSS
         "log_volume": integral.logX,
         "log_evidence_so_far": total,
         "remaining": jnp.exp(integral.logZ_live - total),
-        "evaluations": jnp.mean(slices.num_expansions + slices.num_shrink),
-        "stuck": jnp.mean(~slices.is_accepted),
+        "evaluations": jnp.mean(slices["n_steps"]),
+        "stuck": jnp.mean(~slices["found"]),
+        "diverging": jnp.mean(slices["diverging"]),
     }
     numbers = {
         "log_prior": dead.logdensity,
         "log_likelihood": dead.loglikelihood,
         "birth": dead.loglikelihood_birth,
+        "ancestor": dead.ancestor,
     }
     return state, {"position": dead.position, "dead": numbers, "record": record}
 
 
-def _merge(chunks: list[Chunk], live: StateWithLogLikelihood) -> Points:
+def _merge(chunks: list[Chunk], live: LivePoint) -> Points:
     """All points, in the order of the groups."""
     dead = [chunk.outputs for chunk in chunks]
 
@@ -308,6 +306,7 @@ def _merge(chunks: list[Chunk], live: StateWithLogLikelihood) -> Points:
         join("dead", "log_prior", live.logdensity),
         log_likelihood,
         join("dead", "birth", live.loglikelihood_birth),
+        join("dead", "ancestor", live.ancestor),
         np.repeat(np.arange(num_groups), len(log_likelihood) // num_groups),
     )
 

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,6 +19,7 @@ from scoreprior.feynman_kac import (
 )
 from scoreprior.guide import (
     AbstractCondition,
+    AbstractGaussianGuidance,
     AbstractGaussianTwist,
     AbstractTwist,
     Classifier,
@@ -110,6 +112,9 @@ class Scheme(NamedTuple):
         levels = Levels.half_noise(flow.sigma_min, sigmas.astype(flow.moments.mean.dtype))
         settings = guidance, levels, self.batch_size, self.rejuvenation
         chain = Twisted(flow, seen.observation, *settings)
+        linear = seen.observation.is_linear(jax.random.key(2))
+        if linear and isinstance(guidance, AbstractGaussianGuidance):
+            chain = chain.whitened()
         return Target(seen.problem, seen.site, chain, _data(seen), seen.prior)
 
     def _pinned(self, seen: ObservedEvent) -> Target:

@@ -33,6 +33,7 @@ By Bayes' rule the weight is then
 which for an isotropic Gaussian prior is constant up to the error of the steps.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -58,8 +59,28 @@ class Known(NamedTuple):
     twist: Scalar
 
 
+class Whitening(NamedTuple):
+    """`W` and `C` with `W A A' W' = I` where data see the event, and `C` the pseudo-inverse."""
+
+    whiten: Float[Array, "m m"]
+    colour: Float[Array, "m m"]
+
+    @classmethod
+    def of(cls, A: Float[Array, "m n"]) -> "Whitening":
+        values, vectors = jnp.linalg.eigh(A @ A.T)
+        floor = 10 * values.size * jnp.finfo(values.dtype).eps * values[-1]
+        seen = values > floor
+        root = jnp.sqrt(jnp.where(seen, values, 1.0))
+        whiten = jnp.where(seen, 1 / root, 0.0)[:, None] * vectors.T
+        return cls(whiten, vectors * jnp.where(seen, root, 0.0)[None])
+
+
 class Twisted(eqx.Module):
-    """The posterior of the event of `flow` given `observation`, twisted by `guidance`."""
+    """The posterior of the event of `flow` given `observation`, twisted by `guidance`.
+
+    `whitening` is that of linear data, the same for all events; without it, every particle computes
+    its own at every step. It shapes the proposal, and the weights correct for one that is wrong.
+    """
 
     flow: Flow
     observation: AbstractObservation
@@ -67,6 +88,12 @@ class Twisted(eqx.Module):
     levels: Levels
     batch_size: int | None = eqx.field(static=True)
     rejuvenation: AbstractRejuvenation | None = None
+    whitening: Whitening | None = None
+
+    def whitened(self) -> "Twisted":
+        """With the whitening that all events share, where the mean of the data is linear."""
+        A = operator(self.observation, self.flow.moments.mean)
+        return dataclasses.replace(self, whitening=Whitening.of(A))
 
     def model(self) -> FeynmanKacModel:
         rejuvenate = None if self.rejuvenation is None else self.rejuvenate
@@ -140,7 +167,8 @@ class Twisted(eqx.Module):
         r, h, V = self.levels.r[k], self.levels.h[k], self.levels.V[k]
         r_next = self.levels.r[k + 1]
         predicted = known.predicted
-        T, spread = carry(predicted, r, r_next, h)
+        whitening = self.whitening or Whitening.of(predicted.A)
+        T, spread = carry(predicted, whitening, r, r_next, h)
         B, S = T @ predicted.B, predicted.noise(self.observation.noise) + r_next**2 * spread
         key_draw, key = jax.random.split(key)
         centre = x + h / r**2 * (known.x_hat - x)
@@ -170,7 +198,7 @@ class Twisted(eqx.Module):
 
 
 def carry(
-    predicted: Predicted, r: Scalar, r_next: Scalar, h: Scalar
+    predicted: Predicted, whitening: Whitening, r: Scalar, r_next: Scalar, h: Scalar
 ) -> tuple[Float[Array, "m m"], Float[Array, "m m"]]:
     """`T` and `T A J A'` of the module docstring.
 
@@ -178,12 +206,7 @@ def carry(
     have, as zero: this shapes the proposal, and the weights correct for it.
     """
     spread = predicted.B @ predicted.A.T
-    values, vectors = jnp.linalg.eigh(predicted.A @ predicted.A.T)
-    floor = 10 * values.size * jnp.finfo(values.dtype).eps * values[-1]
-    seen = values > floor
-    root = jnp.sqrt(jnp.where(seen, values, 1.0))
-    whiten = jnp.where(seen, 1 / root, 0.0)[:, None] * vectors.T
-    colour = vectors * jnp.where(seen, root, 0.0)[None]
+    whiten, colour = whitening
     j, basis = jnp.linalg.eigh(whiten @ ((spread + spread.T) / 2) @ whiten.T)
     j = jnp.maximum(j, 0)
     ratio = r**2 / (r_next**2 + h * j)

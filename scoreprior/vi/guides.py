@@ -87,11 +87,10 @@ class LowRank(AbstractGuide):
 
 
 class FullRank(AbstractGuide):
-    """A normal with any covariance `D L L' D`: `D` diagonal, `L` of ones and, below the diagonal,
-    parameters over `sqrt(size)`.
+    """A normal with any covariance `D L L' D`: `D` diagonal, `L` unit lower triangular.
 
-    `size^2 / 2` parameters. Exact for a Gaussian posterior. The root makes a step of Adam, which
-    moves all entries at once, move a draw by as much whatever the size.
+    `size^2 / 2` parameters, those of `L` over `sqrt(size)`, so that a step of Adam, which moves all
+    entries at once, moves a draw by as much whatever the size. Exact for a Gaussian posterior.
     """
 
     init_scale: float = eqx.field(static=True, default=INIT_SCALE)
