@@ -137,7 +137,8 @@ METHODS = {
 def test_corrected_methods_have_the_posterior_and_the_evidence(guidance, bias):
     engine = FeynmanKac(guidance, 400, 32, 100)
     check(engine.run(PLANE, KEY, progress=False), "plane", bias=bias)
-    unweighted(engine, PLANE, oracles.moments(TRUTHS["plane"])[0])
+    if guidance != MMPS(2):  # which is exact for a Gaussian prior
+        unweighted(engine, PLANE, oracles.moments(TRUTHS["plane"])[0])
 
 
 def unweighted(engine, problem, mean):
@@ -172,7 +173,7 @@ def labelled():
 
 CLASSIFIERS = {
     "exact": (Classifier(recognise_noisy), 0.1),
-    "of clean events": (Classifier(lambda x, sigma: recognise(x), 0.3), 0.3),
+    "too weak": (Classifier(recognise_noisy, 0.6), 0.1),
 }
 
 
@@ -190,7 +191,7 @@ def test_a_corrected_classifier_has_the_law_of_the_class(guidance, bias):
     groups = draws.stats["group_of_draw"].reshape(-1)
     assert_mean_of_groups(draws.positions["x"].reshape(-1, 2), groups, mean, bias=bias)
     check_evidence(draws, float(norm.logcdf(z)), bias=bias)
-    if guidance is CLASSIFIERS["of clean events"][0]:
+    if guidance is CLASSIFIERS["too weak"][0]:
         unweighted(engine, problem, mean)
 
 

@@ -46,7 +46,10 @@ class AbstractMoves(eqx.Module):
         step_size: Scalar,
         scales: Array,
     ) -> tuple[Any, Scalar]:
-        """The next state, and the probability with which the proposal was accepted."""
+        """The next state, and the probability with which the proposal was accepted.
+
+        That is NaN where the density of the proposal was, which is then refused.
+        """
 
     @abstractmethod
     def first_step_size(self, size: int) -> float:
@@ -116,7 +119,7 @@ class HMCMoves(AbstractMoves):
         step_size = step_size * (1 + within)
         kernel = hmc.build_kernel()
         state, info = kernel(key, state, logdensity_fn, step_size, scales, self.num_leapfrog)
-        return state, info.acceptance_rate
+        return state, _acceptance(info)
 
     def first_step_size(self, size: int) -> float:
         return size**-0.25
@@ -158,7 +161,7 @@ class RandomWalkMoves(AbstractMoves):
         kernel = additive_step_random_walk.build_kernel()
         proposal = normal(step_size * scales)
         state, info = kernel(key, state, logdensity_fn, proposal)
-        return state, info.acceptance_rate
+        return state, _acceptance(info)
 
     def first_step_size(self, size: int) -> float:
         return 2.4 * size**-0.5
@@ -166,6 +169,10 @@ class RandomWalkMoves(AbstractMoves):
     @property
     def cost(self) -> int:
         return 1
+
+
+def _acceptance(info: Any) -> Scalar:
+    return jnp.where(jnp.isnan(info.proposal.logdensity), jnp.nan, info.acceptance_rate)
 
 
 def flatten(positions: Any) -> Float[Array, "n size"]:

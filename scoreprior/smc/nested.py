@@ -23,7 +23,7 @@ from scoreprior._util import check_count
 from scoreprior.problem import Problem
 from scoreprior.smc.contour import LivePoint, directions, live_point, slice_move
 from scoreprior.smc.moves import check_fraction
-from scoreprior.smc.report import check_start, draw_rows, history, identify
+from scoreprior.smc.report import check_start, draw_rows, history, identify, warn_nan
 
 NUM_SIMULATIONS = 200
 FEW_EFFECTIVE = 50
@@ -153,12 +153,8 @@ class NestedSampling(eqx.Module):
     def _warn(self, draws: Draws, finished: bool) -> None:
         record = {name: values for name, (_, values) in draws.extra.items()}
         if (diverging := float(record["diverging"].mean())) > 0:
-            warnings.warn(
-                f"the log likelihood was NaN on the way of {diverging:.2g} of all slice moves, and "
-                "these points were refused as if it were minus infinity: where the model is "
-                "impossible return minus infinity, where it is possible keep it finite",
-                stacklevel=3,
-            )
+            what = f"the log likelihood was NaN on the way of {diverging:.2g} of all slice moves"
+            warn_nan(what, stacklevel=3)
         if not finished:
             self._warn_unfinished(draws.interrupted, float(record["remaining"][:, -1].max()))
             return

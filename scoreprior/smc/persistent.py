@@ -233,6 +233,7 @@ def _grow(
         ),
         "num_moves": moved.num_moves,
         "acceptance_rate": moved.acceptance,
+        "diverging": moved.diverging / jnp.maximum(moved.num_moves, 1),
         "step_size": grown.step_size,
         "autocorrelation": moved.autocorrelation,
     }

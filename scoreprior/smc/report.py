@@ -118,6 +118,9 @@ def describe(outputs: Mapping[str, Mapping[str, np.ndarray]]) -> str:
 def warn_clouds(engine: Any, draws: Draws, finished: bool) -> None:
     """Warn of clouds that are not at the posterior, collapsed, stuck or at odds."""
     record = {name: values for name, (_, values) in draws.extra.items()}
+    if (count := record["diverging"] * record["num_moves"]).any():
+        share = count.sum() / record["num_moves"].sum()
+        warn_nan(f"the density was NaN at {share:.2g} of all proposed moves", stacklevel=4)
     if not finished:
         _warn_unfinished(engine, draws.interrupted, record["temperature"][:, -1].min())
         return
@@ -126,6 +129,15 @@ def warn_clouds(engine: Any, draws: Draws, finished: bool) -> None:
     # The mean over groups, still moving, at the worst temperature.
     _warn_acceptance(float(np.nanmean(record["acceptance_rate"], 0).min()), engine)
     warn_groups(record["group_log_evidence"], more)
+
+
+def warn_nan(what: str, stacklevel: int) -> None:
+    """Warn that points of no density were refused; `what` says how many."""
+    warnings.warn(
+        f"{what}, and these points were refused as if it were minus infinity: where the model is "
+        "impossible return minus infinity, where it is possible keep it finite",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def warn_groups(groups: np.ndarray, remedy: str) -> None:

@@ -39,6 +39,7 @@ class Moved(NamedTuple):
     distance: Float[Array, "moves size"]  # mean squared distance from the start after each move
     step_size: Scalar
     acceptance: Scalar
+    diverging: Scalar  # sum over moves of the share whose proposal had a density of NaN
     autocorrelation: Scalar
     trail: dict[str, Array] | None = None  # states on the way, [1 + moves, particle, *site]
 
@@ -104,6 +105,7 @@ def temper(problem: Problem, rule: Rule, cloud: Cloud, key: Key) -> tuple[Cloud,
         "unique_ancestors": count_distinct(new.ancestor, num_particles),
         "num_moves": moved.num_moves,
         "acceptance_rate": moved.acceptance,
+        "diverging": moved.diverging / jnp.maximum(moved.num_moves, 1),
         "step_size": new.step_size,
         "autocorrelation": moved.autocorrelation,
     }
@@ -171,7 +173,8 @@ def move(
             return kernel.step(key, particle, logdensity_fn, state.step_size, scales)
 
         particles, accepted = over(one, rule.batch_size)((keys, state.particles))
-        acceptance = jnp.mean(accepted)
+        diverging = jnp.isnan(accepted)
+        acceptance = jnp.mean(jnp.where(diverging, 0, accepted))
         count = state.num_moves + 1
         moved = jnp.mean((flatten(particles.position) - started) ** 2, 0)
         distance = state.distance.at[count].set(moved)
@@ -181,6 +184,7 @@ def move(
             distance,
             state.step_size * jnp.exp(acceptance - kernel.target_accept),
             acceptance,
+            state.diverging + jnp.mean(diverging, dtype=acceptance.dtype),
             _autocorrelation(distance, count, state.autocorrelation),
             _extend(state.trail, particles.position, count),
         )
@@ -197,7 +201,8 @@ def move(
     trail = None
     if rule.num_ancestors is not None:
         trail = jax.tree.map(lambda leaf: jnp.stack([leaf] * (rule.max_moves + 1)), position)
-    first = Moved(jnp.zeros((), jnp.int32), particles, nothing, step_size, nan, one, trail)
+    zero = jnp.zeros_like(step_size)
+    first = Moved(jnp.zeros((), jnp.int32), particles, nothing, step_size, nan, zero, one, trail)
     return jax.lax.while_loop(unfinished, body, first)
 
 
