@@ -1,7 +1,7 @@
 """`EnergyRatio`: compositions of energies at few steps, against mixtures and grids.
 
-Energies of an untrained network are those of no diffusion: those of one level say nothing about the
-next, and no score solves a Fokker-Planck equation. Only weights exact at every step see that law.
+Energies of an untrained network are those of no diffusion: no score of theirs solves a
+Fokker-Planck equation, and only weights that are exact at every step find the law of the last.
 """
 
 import equinox as eqx
@@ -12,10 +12,9 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 
-from oracles import GAUSSIAN, MIXTURE, at_level
 from scoreprior import compose
 from scoreprior import feynman_kac as fk
-from scoreprior.denoise import EnergyNetwork, Network
+from scoreprior.denoise import EnergyNetwork, Gaussian, Network
 from scoreprior.feynman_kac import EnergyRatio, NoControl, Trapezoid, VarianceControl
 from scoreprior.flow import FixedGrid, Flow
 from scoreprior.gaussian import Moments
@@ -24,7 +23,7 @@ from scoreprior.nn import ResidualMLP
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
 from scoreprior.smc import FeynmanKac
-from stats import assert_mean, assert_mean_of_groups, require_power
+from stats import assert_mean_of_groups, require_power
 from test_composition import LEFT, RIGHT, THREE
 
 KEY = jax.random.key(17)
@@ -32,28 +31,30 @@ GRID = jnp.linspace(-9, 9, 6001)
 Y, SD = jnp.array([0.9]), 0.4
 
 
-class Bounded(eqx.Module):
-    """A network of random weights within `height`, so that its energy has a normaliser."""
+class Waves(eqx.Module):
+    """A bounded network of random waves, whose phases move with the level as they like."""
 
-    net: ResidualMLP
-    height: float
+    frequencies: jax.Array
+    phases: jax.Array
+    rates: jax.Array
 
     @classmethod
-    def make(cls, seed, height=0.25):
-        first, moved = jax.random.split(jax.random.key(seed))
-        net = ResidualMLP((1,), width=8, num_blocks=1, embedding_size=8, key=first)
-        arrays, rest = eqx.partition(net, eqx.is_inexact_array)
-        flat, unravel = jax.flatten_util.ravel_pytree(arrays)
-        flat = flat + 0.7 * jax.random.normal(moved, flat.shape)
-        return cls(eqx.combine(unravel(flat), rest), height)
+    def make(cls, seed, size=4):
+        keys = jax.random.split(jax.random.key(seed), 3)
+        return cls(
+            jax.random.uniform(keys[0], (size,), minval=0.5, maxval=1.5),
+            jax.random.uniform(keys[1], (size,), maxval=2 * jnp.pi),
+            4 * jax.random.normal(keys[2], (size,)),
+        )
 
     def __call__(self, u, log_sigma, context=None):
-        return self.height * jnp.tanh(self.net(u, log_sigma, context))
+        phases = self.phases + self.rates * log_sigma
+        return 0.05 * jnp.sum(jnp.sin(self.frequencies * u + phases), keepdims=True)
 
 
 def untrained(seed, mean, variance):
     moments = Moments(jnp.array([mean]), jnp.array([variance]))
-    denoiser = EnergyNetwork(Bounded.make(seed), moments)
+    denoiser = EnergyNetwork(Waves.make(seed), moments)
     flow = Flow(denoiser, moments, sigma_min=0.15, sigma_max=8.0, solver=FixedGrid(1))
     return ScorePrior(flow)
 
@@ -61,10 +62,8 @@ def untrained(seed, mean, variance):
 ONE, TWO = untrained(1, 0.3, 0.8), untrained(2, -0.2, 1.3)
 EXACT = {"annealed": {THREE: 3.0}, "product": {LEFT: 1.0, RIGHT: 1.0}}
 LEARNT = {
-    "alone": {ONE: 1.0},
     "low temperature": {ONE: 2.5},
     "product": {ONE: 1.0, TWO: 1.2},
-    "guidance": {ONE: -0.4, TWO: 1.4},
 }
 
 
@@ -89,7 +88,7 @@ def model(law, seen):
 
 
 def run(law, seen=False, guidance=None, **settings):
-    settings = {"num_particles": 400, "num_groups": 100, "num_steps": 25} | settings
+    settings = {"num_particles": 400, "num_groups": 100, "num_steps": 30} | settings
     engine = FeynmanKac(guidance, **{"weight": EnergyRatio()} | settings)
     return engine.run(Problem.from_model(model, law, seen), KEY, progress=False)
 
@@ -109,23 +108,21 @@ def check(draws, exact, *, bias):
 
 
 @pytest.mark.promotes_ranks
-@pytest.mark.filterwarnings("ignore:k-hat", "ignore:groups", "ignore:collapsed")
 @pytest.mark.parametrize("control", [VarianceControl(), NoControl()], ids=repr)
 @pytest.mark.parametrize("name", EXACT)
-def test_mixtures_have_their_law_and_normaliser_in_25_steps(name, control):
+def test_mixtures_have_their_law_and_normaliser_in_30_steps(name, control):
     check(run(compose(EXACT[name]), control=control), truth(EXACT[name]), bias=0.1)
 
 
 @pytest.mark.promotes_ranks
 @pytest.mark.parametrize("name", EXACT)
-def test_the_weights_of_scores_are_biased_at_25_steps(name):
+def test_the_weights_of_scores_are_biased_at_30_steps(name):
     draws = run(compose(EXACT[name]), weight=Trapezoid())
     with pytest.raises(AssertionError, match="evidence over truth"):
-        check(draws, truth(EXACT[name]), bias=0.1)
+        check(draws, truth(EXACT[name]), bias=0.2)
 
 
 @pytest.mark.promotes_ranks
-@pytest.mark.filterwarnings("ignore:k-hat", "ignore:groups", "ignore:collapsed")
 @pytest.mark.parametrize("seen", [False, True], ids=["prior", "posterior"])
 @pytest.mark.parametrize("name", LEARNT)
 def test_energies_of_an_untrained_network(name, seen):
@@ -137,9 +134,11 @@ def test_energies_of_an_untrained_network(name, seen):
 def test_scores_of_an_untrained_network_do_not_tell_its_law():
     """However many steps: the score of one level is not that of the next with noise."""
     factors = LEARNT["low temperature"]
-    draws = run(compose(factors), weight=Trapezoid(), num_steps=200, num_groups=20)
-    with pytest.raises(AssertionError, match="evidence over truth"):
-        check(draws, truth(factors), bias=0.1)
+    draws = run(compose(factors), weight=Trapezoid(), num_steps=150, num_groups=20)
+    _, mean, variance = truth(factors)
+    x, groups = (a.reshape(-1, 1) for a in (draws.positions["x"], draws.stats["group_of_draw"]))
+    with pytest.raises(AssertionError, match="mean of groups"):
+        assert_mean_of_groups(x, groups[:, 0], mean, scale=float(variance) ** 0.5, bias=0.15)
 
 
 @pytest.mark.promotes_ranks
@@ -148,20 +147,20 @@ def test_a_single_prior_is_the_law_of_its_energy(guidance):
     check(run(ONE, True, guidance), truth({ONE: 1.0}, True), bias=0.1)
 
 
-def line(law):
-    return ScorePrior(Flow(law, law.moments(), sigma_min=0.1, solver=FixedGrid(1)))
+def test_weights_of_an_isotropic_gaussian_vary_to_second_order():
+    """With the kernels of `KernelRatio` their variance is of first order in the steps."""
+    law = Gaussian(Moments(jnp.array([0.4, -0.3]), jnp.ones(2)))
+    prior = ScorePrior(Flow(law, law.moments(), sigma_min=0.1, solver=FixedGrid(1)))
 
+    def lost(weight, num_steps):
+        composed = compose({prior: 1.0}).composed(num_steps, weight=weight, control=NoControl())
+        never = fk.Resampling(0.0)
+        _, info = jax.jit(lambda key: fk.run(composed.model(), never, 4000, key))(KEY)
+        return -float(jnp.log(info.ess.min() / 4000))
 
-def varied(beta, control, weight):
-    """Effective sample size, least over steps of a power of a Gaussian in the plane."""
-    composed = compose({line(GAUSSIAN): beta}).composed(25, weight=weight, control=control)
-    resampling = fk.Resampling(0.0)
-    state, info = jax.jit(lambda key: fk.run(composed.model(), resampling, 1000, key))(KEY)
-    return float(info.ess.min())
-
-
-def test_weights_of_a_gaussian_hardly_vary():
-    pass
+    coarse, fine = lost(EnergyRatio(), 30), lost(EnergyRatio(), 60)
+    assert fine < coarse / 2.5
+    assert fine < lost(fk.KernelRatio(), 60) / 2
 
 
 @pytest.mark.promotes_ranks
@@ -171,7 +170,9 @@ def test_factors_without_an_energy_are_named():
     network = ScorePrior(
         Flow(Network(net, moments), moments, sigma_min=0.15, sigma_max=8.0, solver=FixedGrid(1))
     )
-    named = r"EnergyRatio\(\) needs an energy of every factor, and factor 1, ScorePrior.*Network has"
+    named = (
+        r"EnergyRatio\(\) needs an energy of every factor, and factor 1, ScorePrior.*Network has"
+    )
     with pytest.raises(ValueError, match=f"{named} no energy.*EnergyNetwork.*Trapezoid"):
         run(compose({ONE: 1.0, network: 1.0}))
     with pytest.raises(ValueError, match="weight one that needs no energy"):

@@ -131,8 +131,9 @@ class EnergyRatio(AbstractWeight):
 
     Slopes are by the Rademacher probe of the control, one Jacobian-vector product per step, which
     this weight takes without control too; a slope upwards, as between modes, counts as none. By the
-    plainer `L = N(x' - h b', h)` the weights of a Gaussian have a variance of first order in the
-    steps; by this one they hardly vary. In general they vary more than those of `Trapezoid`.
+    plainer `L = N(x' - h b', h)` log weights of an isotropic Gaussian have a variance of first
+    order in the steps, by this one of second. Where slopes differ between directions it stays of
+    first order, and weights vary more than those of `Trapezoid`.
 
     Every factor must have an `energy`, such as an `EnergyNetwork` and exact denoisers have.
     """
