@@ -16,6 +16,7 @@ from numpyro.distributions.util import validate_sample
 
 from scoreprior._typing import Key
 from scoreprior._util import is_traced
+from scoreprior.denoise.base import energy_of
 from scoreprior.feynman_kac import (
     AbstractControl,
     AbstractWeight,
@@ -111,12 +112,15 @@ class Composition(dist.Distribution):
     ) -> Composed:
         """The Feynman-Kac model of this law; `tilt` are the last arguments of `Composed`.
 
-        Raises `ValueError` where `num_steps` is too small for the steps to be stable.
+        Raises `ValueError` where `num_steps` is too small for the steps to be stable, and for a
+        weight that needs energies where a factor has none.
         """
         low = min(prior.sigma_min for prior in self.priors)
         high = max(prior.flow.sigma_max for prior in self.priors)
         sigmas = LogGrid(low, high)(num_steps).astype(self.exponents.dtype)
         weight, control = weight or Trapezoid(), control or VarianceControl()
+        if weight.needs_energy:
+            self._check_energies(weight)
         is_prior = not is_traced(self.exponents) and self._listed() == [1.0]
         if not is_traced(self.exponents) and not is_prior:
             # A step multiplies the distance from a narrow mode by 1 - B (1 - r'^2 / r^2).
@@ -133,6 +137,18 @@ class Composition(dist.Distribution):
         )
         levels = Levels.full_noise(low, sigmas)
         return Composed(factors, levels, weight, control, **tilt)
+
+    def _check_energies(self, weight: AbstractWeight) -> None:
+        for i, prior in enumerate(self.priors):
+            flow = prior.flow
+            try:
+                jax.eval_shape(energy_of(flow.denoiser), flow.moments.mean, flow.sigma_min)
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"weight {type(weight).__name__}() needs an energy of every factor, and factor "
+                    f"{i}, {prior}, has none: {error}; or take weight=Trapezoid(), which needs "
+                    "scores alone"
+                ) from error
 
     def _listed(self) -> list[float]:
         return [round(float(beta), 6) for beta in self.exponents]

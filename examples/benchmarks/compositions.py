@@ -2,8 +2,9 @@
 
     python examples/benchmarks/compositions.py [--quick] [--problems annealing GMM-40 ...]
 
-The log normaliser and the draws of a `Composition` by four schemes: with `VarianceControl` and
-without control, where `NoControl` with `Euler` is the plain corrector of the literature. Problems:
+The log normaliser and the draws of a `Composition` by six schemes: with `VarianceControl` and
+without control, where `NoControl` with `Euler` is the plain corrector of the literature, and where
+`EnergyRatio` weighs by the denoisers' energies. Problems:
 laws on the line with 2,048 particles (truth by quadrature of the noised densities); the cube of 40
 narrow modes in the plane, 2,000 particles; the square of four modes in 30 dimensions, 1,024
 particles (truths by products of components). Mean error over independent runs with its standard
@@ -31,6 +32,7 @@ from scipy.stats import norm
 import scoreprior as sp
 from scoreprior.denoise import GaussianMixture
 from scoreprior.feynman_kac import (
+    EnergyRatio,
     Euler,
     KernelRatio,
     NoControl,
@@ -46,6 +48,8 @@ SCHEMES = {
     "control, kernel ratio": (VarianceControl(), KernelRatio()),
     "Euler": (NoControl(), Euler()),
     "kernel ratio": (NoControl(), KernelRatio()),
+    "control, energy ratio": (VarianceControl(), EnergyRatio()),
+    "energy ratio": (NoControl(), EnergyRatio()),
 }
 COLUMNS = ["log Z error", "its se", "sd", "TV", "TV floor", "least ESS", "seconds"]
 

@@ -16,13 +16,14 @@ from scoreprior.feynman_kac.engine import (
 from scoreprior.feynman_kac.levels import Levels
 from scoreprior.feynman_kac.rejuvenate import AbstractRejuvenation, Renoise, ScoreLine
 from scoreprior.feynman_kac.resample import systematic
-from scoreprior.feynman_kac.weight import AbstractWeight, Euler, KernelRatio, Trapezoid
+from scoreprior.feynman_kac.weight import AbstractWeight, EnergyRatio, Euler, KernelRatio, Trapezoid
 
 __all__ = [
     "AbstractControl",
     "AbstractRejuvenation",
     "AbstractWeight",
     "Composed",
+    "EnergyRatio",
     "Euler",
     "FKInfo",
     "FKState",

@@ -13,12 +13,14 @@ likelihood: annealing (`beta != 1`), geometric averages and classifier-free guid
 
 with `b` a drift that `control` adds, and `S + b` extrapolated to the middle of the step from the
 step before (Adams-Bashforth), which makes the law of second order at one evaluation; a particle
-that rejuvenation has moved has no step before. Without twist the log weight has the rate (Skreta et
-al. 2025, "Feynman-Kac correctors in diffusion", whose propositions are cases of it)
+that rejuvenation has moved has no step before, and `EnergyRatio` does without. Without twist the
+log weight has the rate (Skreta et al. 2025, "Feynman-Kac correctors in diffusion", whose
+propositions are cases of it)
 
     g = (|S|^2 - sum_i beta_i |s_i|^2) / 2 + S . b + div b
 
-per unit of `r^2`, integrated over a step by an `AbstractWeight`. The twist is on top of that chain:
+per unit of `r^2`, integrated over a step by an `AbstractWeight`; or, where energies are known, a
+weight without an error of the steps (`EnergyRatio`). The twist is on top of that chain:
 
     tau'(x') - tau(x) - sqrt(h) n . grad tau - h |grad tau|^2 / 2
 
@@ -35,6 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from scoreprior._typing import Event, Key, Scalar
+from scoreprior.denoise.base import energy_of
 from scoreprior.feynman_kac.control import AbstractControl
 from scoreprior.feynman_kac.engine import FeynmanKacModel, over
 from scoreprior.feynman_kac.levels import Levels
@@ -62,6 +65,11 @@ class Factor(eqx.Module):
     def score(self, x: Event, r: Scalar) -> Event:
         sigma = self.sigma(r)
         return (self.denoiser(x, sigma) - x) / sigma**2
+
+    def energy_and_gradient(self, x: Event, r: Scalar) -> tuple[Scalar, Event]:
+        """The energy of the denoiser and, by the same evaluation, its gradient: minus the score."""
+        sigma, energy = self.sigma(r), energy_of(self.denoiser)
+        return jax.value_and_grad(lambda x: energy(x, sigma))(x)
 
     def sigma(self, r: Scalar) -> Scalar:
         """The noise level of the denoiser."""
@@ -91,6 +99,11 @@ class Composed(eqx.Module):
     log_likelihood: Callable[[Event], Scalar] | None = None
     batch_size: int | None = eqx.field(static=True, default=None)
     rejuvenation: AbstractRejuvenation | None = None
+
+    @property
+    def total(self) -> Scalar:
+        """`sum_i beta_i`."""
+        return jnp.sum(jnp.stack([factor.exponent for factor in self.factors]))
 
     def model(self) -> FeynmanKacModel:
         rejuvenate = None if self.rejuvenation is None else self.rejuvenate
@@ -130,7 +143,7 @@ class Composed(eqx.Module):
         target = Target(
             lambda x, v: self._sum(x, jnp.sqrt(r**2 + v))[0],
             lambda key, x: place(x, self._know(x, r, key)),
-            noise / jnp.sqrt(sum(factor.exponent for factor in self.factors)),
+            noise / jnp.sqrt(self.total),
             self.levels.r[0] ** 2 - r**2,
         )
 
@@ -157,11 +170,13 @@ class Composed(eqx.Module):
         mean, variance = self.gaussian(start)
         noise = jax.random.normal(key_draw, mean.shape, mean.dtype)
         x = mean + jnp.sqrt(variance) * noise
-        # The factors are noise by now, and as good as Gaussian with their moments.
         log_g = jnp.sum(noise**2 + jnp.log(2 * jnp.pi * variance)) / 2
+        known = self._know(x, self.levels.r[0], key_probe)
+        if known.scores.energy is not None:
+            return x, log_g - known.scores.energy + known.tau, known
+        # No energies: the factors are noise by now, and as good as Gaussian with their moments.
         for factor in self.factors:
             log_g = log_g + factor.exponent * factor.moments.log_prob(x, factor.sigma(start))
-        known = self._know(x, self.levels.r[0], key_probe)
         return x, log_g + known.tau, known
 
     def _step(
@@ -172,13 +187,15 @@ class Composed(eqx.Module):
         noise = jax.random.normal(key_noise, x.shape, x.dtype)
         drift = known.scores.drift(theta)
         ahead = known.ahead * h / (2 * self.levels.h[k - 1])
-        extrapolated = drift + ahead * (drift - known.drift)
+        extrapolated = drift
+        if self.weight.extrapolates:
+            extrapolated = drift + ahead * (drift - known.drift)
         moved = x + h * extrapolated + jnp.sqrt(h) * noise
         if known.direction is not None:
             moved = moved + h * known.direction
         r = jnp.zeros_like(h) if is_last else self.levels.r[k + 1]
         new = self._know(moved, r, key_probe, is_last)
-        step = Moved(known.scores, new.scores, theta, h, extrapolated, moved - x)
+        step = Moved(known.scores, new.scores, theta, h, extrapolated, moved - x, self.total)
         log_g, rate, response = self.weight.log_g(step)
         tilt = new.tau - known.tau
         if known.direction is not None:
@@ -200,10 +217,8 @@ class Composed(eqx.Module):
         if self.twist is None:
             return Known(scores, zero, None, *nothing)
 
-        total = sum(factor.exponent for factor in self.factors)
-
         def denoise(x: Event) -> Event:
-            return x + r**2 / total * self._sum(x, r)[0]
+            return x + r**2 / self.total * self._sum(x, r)[0]
 
         return Known(scores, *self.twist(denoise, x, r), *nothing)
 
@@ -216,15 +231,37 @@ class Composed(eqx.Module):
             squares = squares + factor.exponent * jnp.sum(score**2)
         return total, squares
 
+    def _sum_with_energy(self, x: Event, r: Scalar) -> tuple[Event, tuple[Scalar, Scalar]]:
+        """`S`, and beside it `sum_i beta_i |s_i|^2` and `sum_i beta_i E_i`."""
+        S, squares, total = jnp.zeros_like(x), jnp.zeros((), x.dtype), jnp.zeros((), x.dtype)
+        for factor in self.factors:
+            energy, gradient = factor.energy_and_gradient(x, r)
+            S = S - factor.exponent * gradient
+            squares = squares + factor.exponent * jnp.sum(gradient**2)
+            total = total + factor.exponent * energy
+        return S, (squares, total)
+
     def _scores(self, x: Event, r: Scalar, key: Key) -> Scores:
-        if self.control.num_bases == 0:
+        nothing = jnp.zeros((0, *x.shape), x.dtype), jnp.zeros(0, x.dtype)
+        if not self.weight.needs_energy and self.control.num_bases == 0:
+            return Scores(*self._sum(x, r), *nothing)
+
+        def known(x: Event) -> tuple[Event, tuple[Scalar, Scalar | None]]:
+            if self.weight.needs_energy:
+                return self._sum_with_energy(x, r)
             S, squares = self._sum(x, r)
-            return Scores(S, squares, jnp.zeros((0, *x.shape), x.dtype), jnp.zeros(0, x.dtype))
+            return S, (squares, None)
+
         probe = jax.random.rademacher(key, x.shape, x.dtype)
-        S, slope, squares = jax.jvp(lambda x: self._sum(x, r), (x,), (probe,), has_aux=True)
+        S, turned, (squares, energy) = jax.jvp(known, (x,), (probe,), has_aux=True)
+        divergence = jnp.sum(probe * turned)
+        slope = divergence / x.size if self.weight.needs_energy else None
+        if self.control.num_bases == 0:
+            return Scores(S, squares, *nothing, energy, slope)
         mean, variance = self.gaussian(r)
         bases = jnp.stack([S, (mean - x) / variance])
-        return Scores(S, squares, bases, jnp.stack([jnp.sum(probe * slope), -x.size / variance]))
+        divergences = jnp.stack([divergence, -x.size / variance])
+        return Scores(S, squares, bases, divergences, energy, slope)
 
 
 __all__ = ["Composed", "Factor", "Known", "Twist"]

@@ -58,20 +58,23 @@ class FeynmanKac(eqx.Module):
 
     **Exact** for the law of the chain of `num_steps` levels, which tends to the prior, the error of
     its variance of second order in the steps, for a `ScorePrior` without `control`; otherwise up to
-    the error of `weight`. Groups are independent repetitions, pooled as in `TemperedSMC`:
-    `log_evidence_se` is from their spread. Draws are resampled to equal weight.
+    the error of `weight`, of which `EnergyRatio()` has none. Groups are independent repetitions,
+    pooled as in `TemperedSMC`: `log_evidence_se` is from their spread. Draws are resampled to equal
+    weight.
 
     **Arguments:** `guidance`; the nearer it is to the truth, the less the weights vary.
     `num_particles` per group; `num_groups`; `num_steps`, levels even in `log sigma`. `threshold`:
     particles are resampled when their effective sample size falls below this share of them; 1
     resamples always, 0 never. `control`: an extra drift that flattens the weights; `None` is
     `VarianceControl()` for a `Composition` and none for a `ScorePrior`. `weight`: how the weights
-    of a step are integrated where there is a composition or control. `rejuvenation`: moves of
-    particles that have just been resampled, `ScoreLine(...)` or `Renoise(...)` of
-    `scoreprior.feynman_kac`, or none; with it the run is exact up to the error of the steps, and
-    the evidence has a bias of order `1 / num_particles`. `batch_size`: particles of a
-    group moved at once, all by default, to bound memory. `chunk_size`: steps between two updates of
-    the progress bar and of the checkpoint; it does not change the draws.
+    of a step are integrated where there is a composition or control; `EnergyRatio()` takes the
+    denoisers' energies and is exact at any `num_steps`, for a `ScorePrior` too, which then is the
+    law of its energy. `rejuvenation`: moves of particles that have just been resampled,
+    `ScoreLine(...)` or `Renoise(...)` of `scoreprior.feynman_kac`, or none; with it the run is
+    exact up to the error of the steps, and the evidence has a bias of order `1 / num_particles`.
+    `batch_size`: particles of a group moved at once, all by default, to bound memory. `chunk_size`:
+    steps between two updates of the progress bar and of the checkpoint; it does not change the
+    draws.
     """
 
     guidance: Guidance = eqx.field(default=TMPD())

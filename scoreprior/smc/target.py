@@ -79,8 +79,9 @@ class Scheme(NamedTuple):
             return self._pinned(observed_event(problem, f"{self.name}(MCGDiff())"))
         if isinstance(guidance, AbstractTwist) and problem.sites.observed:
             seen = observed_event(problem, self.name, composed=True)
-            free = isinstance(seen.prior, ScorePrior) and self.control is None
-            if free and isinstance(guidance, AbstractGaussianTwist):
+            weighed = self.control is not None or self.weight.needs_energy
+            is_free = isinstance(seen.prior, ScorePrior) and not weighed
+            if is_free and isinstance(guidance, AbstractGaussianTwist):
                 return self._twisted(seen, guidance)
             return self._composed(seen, DataTwist(guidance, seen.observation), _data(seen))
         event = only_prior(problem, self.name)
@@ -118,9 +119,10 @@ class Scheme(NamedTuple):
         return Target(seen.problem, seen.site, chain, _data(seen), seen.prior)
 
     def _pinned(self, seen: ObservedEvent) -> Target:
-        if self.control is not None or self.rejuvenation is not None:
+        if self.control is not None or self.rejuvenation is not None or self.weight.needs_energy:
             raise ValueError(
-                "control and rejuvenation must be None with MCGDiff(), got one of them"
+                "control and rejuvenation must be None with MCGDiff(), and weight one that needs "
+                "no energy, got one of them"
             )
         flow = seen.prior.flow
         sigmas = LogGrid(flow.sigma_min, flow.sigma_max)(self.num_steps)
