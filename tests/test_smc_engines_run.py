@@ -109,6 +109,31 @@ def test_a_likelihood_of_nan_is_refused_and_reported():
     np.testing.assert_array_equal(quiet.positions["x"], found.positions["x"])
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [
+        TemperedSMC(60, 2, max_moves=8),
+        TemperedSMC(60, 2, kernel=RandomWalkMoves(), max_moves=8),
+        PersistentSMC(60, 2, max_moves=8),
+    ],
+    ids=["HMC", "random walk", "persistent"],
+)
+def test_moves_to_a_likelihood_of_nan_are_refused_and_reported(engine):
+    """The likelihood is `exp(2 x_0)` below 3.5, beyond the prior draws, and NaN above."""
+
+    def model(undefined):
+        x = numpyro.sample("x", LINE)
+        numpyro.factor("tilt", jnp.where(x[0] < 3.5, 2 * x[0], undefined))
+
+    with pytest.warns(UserWarning, match="NaN at .* of all proposed moves.*minus infinity"):
+        found = engine.run(Problem.from_model(model, jnp.nan), KEY, progress=False)
+    counts = found.extra["diverging"][1] * found.extra["num_moves"][1]
+    assert counts.sum() > 0
+    assert np.isfinite(found.extra["acceptance_rate"][1]).all()
+    of = Problem.from_model(model, -jnp.inf)
+    assert not any("NaN" in message for message in messages(engine, of))
+
+
 def test_groups_that_disagree_are_reported():
     """A broad mode and a narrow one of e^9 times its mass, which some groups never meet."""
 

@@ -48,7 +48,8 @@ class AbstractMoves(eqx.Module):
     ) -> tuple[Any, Scalar]:
         """The next state, and the probability with which the proposal was accepted.
 
-        That is NaN where the density of the proposal was, which is then refused.
+        That is NaN where the density of the proposal was, which blackjax refuses like minus
+        infinity.
         """
 
     @abstractmethod
@@ -119,7 +120,8 @@ class HMCMoves(AbstractMoves):
         step_size = step_size * (1 + within)
         kernel = hmc.build_kernel()
         state, info = kernel(key, state, logdensity_fn, step_size, scales, self.num_leapfrog)
-        return state, _acceptance(info)
+        undefined = jnp.isnan(info.proposal.logdensity)
+        return state, jnp.where(undefined, jnp.nan, info.acceptance_rate)
 
     def first_step_size(self, size: int) -> float:
         return size**-0.25
@@ -158,10 +160,15 @@ class RandomWalkMoves(AbstractMoves):
         step_size: Scalar,
         scales: Array,
     ) -> tuple[Any, Scalar]:
-        kernel = additive_step_random_walk.build_kernel()
-        proposal = normal(step_size * scales)
-        state, info = kernel(key, state, logdensity_fn, proposal)
-        return state, _acceptance(info)
+        kernel, values = additive_step_random_walk.build_kernel(), []
+
+        def watched(position: Any) -> Scalar:
+            values.append(logdensity_fn(position))
+            return values[-1]
+
+        state, info = kernel(key, state, watched, normal(step_size * scales))
+        (proposed,) = values
+        return state, jnp.where(jnp.isnan(proposed), jnp.nan, info.acceptance_rate)
 
     def first_step_size(self, size: int) -> float:
         return 2.4 * size**-0.5
@@ -169,10 +176,6 @@ class RandomWalkMoves(AbstractMoves):
     @property
     def cost(self) -> int:
         return 1
-
-
-def _acceptance(info: Any) -> Scalar:
-    return jnp.where(jnp.isnan(info.proposal.logdensity), jnp.nan, info.acceptance_rate)
 
 
 def flatten(positions: Any) -> Float[Array, "n size"]:
