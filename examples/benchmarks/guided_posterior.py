@@ -34,29 +34,28 @@ from mixtures import (
 
 import scoreprior as sp
 from scoreprior.denoise import GaussianMixture
-from scoreprior.guide import DPS, JFPS, MMPS, NRLG, TMPD, DiffPIR, MCGDiff, PiGDM
+from scoreprior.guide import DPS, JFPS, MMPS, NRLG, TMPD, DiagonalTMPD, DiffPIR, MCGDiff, PiGDM
 
 NUM_DRAWS, NUM_STEPS = 1000, 100
 
 
 def engines(moments: sp.Moments, sigma_max: float) -> dict[str, Any]:
     """Engines by name."""
-    gaussian = {
+    methods = {
         "TMPD": TMPD(),
+        "DiagonalTMPD": DiagonalTMPD(),
         "PiGDM": PiGDM(1.0),
         "JFPS": JFPS(moments),
         "DiffPIR": DiffPIR(8.0),
         "NRLG": NRLG(),
+        "MMPS": MMPS(2, num_probes=1),
+        # The published step of 1 at every one of a thousand levels, as a rate.
+        "DPS": DPS(1000 / (2 * math.log(sigma_max / 0.1))),
     }
-    # The published step of 1 at every one of a thousand levels, as a rate.
-    others = {"MMPS": MMPS(2, num_probes=1), "DPS": DPS(1000 / (2 * math.log(sigma_max / 0.1)))}
-    alone = {
-        name: sp.Guided(method, NUM_DRAWS, NUM_STEPS)
-        for name, method in (gaussian | others).items()
-    }
+    alone = {name: sp.Guided(method, NUM_DRAWS, NUM_STEPS) for name, method in methods.items()}
     corrected = {
         f"{name}, corrected": sp.FeynmanKac(method, NUM_DRAWS // 4, 4, NUM_STEPS)
-        for name, method in (gaussian | {"MCGDiff": MCGDiff()} | others).items()
+        for name, method in (methods | {"MCGDiff": MCGDiff()}).items()
     }
     return corrected | alone
 
