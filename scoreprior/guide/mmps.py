@@ -37,9 +37,9 @@ class MMPS(AbstractGaussianTwist):
     determinant of the rest (see `guide.krylov`). It is `TMPD` where these are all the data.
 
     **Arguments:** `max_iterations`; `rtol`, the relative residual at which iterations end, but for
-    a twist; `num_probes`, of a twist: without, nothing is known of the determinant of the rest, but
-    on a network, whose Jacobian is rough at high noise, weights varied a third as much as with one.
-    `solution(...)` says how many iterations there were and what residual they left.
+    a twist; `num_probes`, of a twist: each costs as many products as the iterations do, and without
+    any nothing is known of the determinant of the rest. `solution(...)` says how many iterations
+    there were and what residual they left.
     """
 
     max_iterations: int = eqx.field(static=True, default=5)
