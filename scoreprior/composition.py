@@ -19,11 +19,13 @@ from scoreprior._util import is_traced
 from scoreprior.denoise.base import energy_of
 from scoreprior.feynman_kac import (
     AbstractControl,
+    AbstractNoise,
     AbstractWeight,
     Composed,
     Factor,
     Levels,
     Resampling,
+    TargetScore,
     Trapezoid,
     VarianceControl,
     run,
@@ -108,19 +110,26 @@ class Composition(dist.Distribution):
         *,
         weight: AbstractWeight | None = None,
         control: AbstractControl | None = None,
+        noise: AbstractNoise | None = None,
         **tilt: Any,
     ) -> Composed:
         """The Feynman-Kac model of this law; `tilt` are the last arguments of `Composed`.
 
-        Raises `ValueError` where `num_steps` is too small for the steps to be stable, and for a
-        weight that needs energies where a factor has none.
+        Raises `ValueError` where `num_steps` is too small for the steps to be stable, for a weight
+        that needs energies where a factor has none, and for a ratio of kernels with `noise`.
         """
         low = min(prior.sigma_min for prior in self.priors)
         high = max(prior.flow.sigma_max for prior in self.priors)
         sigmas = LogGrid(low, high)(num_steps).astype(self.exponents.dtype)
         weight, control = weight or Trapezoid(), control or VarianceControl()
+        noise = noise or TargetScore()
         if weight.needs_energy:
             self._check_energies(weight)
+        if not weight.is_rate and not isinstance(noise, TargetScore):
+            raise ValueError(
+                f"noise must be TargetScore() with weight {type(weight).__name__}(), a ratio of "
+                f"kernels, got {noise!r}: take Trapezoid() or Euler()"
+            )
         is_prior = not is_traced(self.exponents) and self._listed() == [1.0]
         if not is_traced(self.exponents) and not is_prior:
             # A step multiplies the distance from a narrow mode by 1 - B (1 - r'^2 / r^2).
@@ -136,7 +145,7 @@ class Composition(dist.Distribution):
             for p, beta in zip(self.priors, self.exponents, strict=True)
         )
         levels = Levels.full_noise(low, sigmas)
-        return Composed(factors, levels, weight, control, **tilt)
+        return Composed(factors, levels, weight, control, noise, **tilt)
 
     def _check_energies(self, weight: AbstractWeight) -> None:
         for i, prior in enumerate(self.priors):

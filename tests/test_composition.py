@@ -112,6 +112,15 @@ def test_the_law_and_the_normaliser_are_exact(name, seen):
     check_moments(x, law, share=0.3, bias=0.25)
 
 
+@pytest.mark.parametrize("seen", [False, True], ids=["prior", "posterior"])
+def test_with_tempered_noise_the_law_of_one_mode_is_exact(seen):
+    factors, laws = CASES["squared Gaussian"]
+    log_z, law = truth(laws, seen)
+    x, groups = run(compose(factors), seen, noise=fk.TemperedNoise())
+    check_normaliser(groups, log_z, error=0.02)
+    check_moments(x, law, share=0.3, bias=0.25)
+
+
 def test_forty_steps_are_right_to_second_order():
     """A chain of first order is nine per cent off in the covariance."""
     x, groups = run(compose({GAUSSIAN_PRIOR: 1.0}), num_steps=40, num_particles=5000)
@@ -322,6 +331,8 @@ def test_what_cannot_be_composed_is_refused():
     compose({narrow: 2.0, wide: -1.0})
     with pytest.raises(ValueError, match="num_steps must be at least"):
         compose({MIXTURE_PRIOR: 8.0}).composed(20)
+    with pytest.raises(ValueError, match=r"noise must be TargetScore\(\) with weight KernelRatio"):
+        compose({THREE: 2.0}).composed(200, weight=fk.KernelRatio(), noise=fk.TemperedNoise())
 
 
 def test_engines_that_cannot_take_a_composition_say_so():

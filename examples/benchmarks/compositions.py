@@ -2,9 +2,9 @@
 
     python examples/benchmarks/compositions.py [--quick] [--problems annealing GMM-40 ...]
 
-The log normaliser and the draws of a `Composition` by six schemes: with `VarianceControl` and
-without control, where `NoControl` with `Euler` is the plain corrector of the literature, and where
-`EnergyRatio` weighs by the denoisers' energies. Problems:
+The log normaliser and the draws of a `Composition` by eight schemes: with `VarianceControl` and
+without control, where `NoControl` with `Euler` is the plain corrector of the literature; where
+`EnergyRatio` weighs by the denoisers' energies; and with moves of tempered noise. Problems:
 laws on the line with 2,048 particles (truth by quadrature of the noised densities); the cube of 40
 narrow modes in the plane, 2,000 particles; the square of four modes in 30 dimensions, 1,024
 particles (truths by products of components). Mean error over independent runs with its standard
@@ -37,6 +37,8 @@ from scoreprior.feynman_kac import (
     KernelRatio,
     NoControl,
     Resampling,
+    TargetScore,
+    TemperedNoise,
     Trapezoid,
     VarianceControl,
     run,
@@ -44,12 +46,14 @@ from scoreprior.feynman_kac import (
 )
 
 SCHEMES = {
-    "control, trapezoid": (VarianceControl(), Trapezoid()),
-    "control, kernel ratio": (VarianceControl(), KernelRatio()),
-    "Euler": (NoControl(), Euler()),
-    "kernel ratio": (NoControl(), KernelRatio()),
-    "control, energy ratio": (VarianceControl(), EnergyRatio()),
-    "energy ratio": (NoControl(), EnergyRatio()),
+    "control, trapezoid": (VarianceControl(), Trapezoid(), TargetScore()),
+    "control, kernel ratio": (VarianceControl(), KernelRatio(), TargetScore()),
+    "Euler": (NoControl(), Euler(), TargetScore()),
+    "kernel ratio": (NoControl(), KernelRatio(), TargetScore()),
+    "control, energy ratio": (VarianceControl(), EnergyRatio(), TargetScore()),
+    "energy ratio": (NoControl(), EnergyRatio(), TargetScore()),
+    "control, tempered noise": (VarianceControl(), Trapezoid(), TemperedNoise()),
+    "Euler, tempered noise": (NoControl(), Euler(), TemperedNoise()),
 }
 COLUMNS = ["log Z error", "its se", "sd", "TV", "TV floor", "least ESS", "seconds"]
 
@@ -194,8 +198,8 @@ def problems() -> dict[str, Callable[[], Case]]:
 
 def measure(case: Case, scheme: str, num_steps: int, repeats: int) -> dict[str, Any]:
     """Independent runs of one scheme."""
-    control, weight = SCHEMES[scheme]
-    composed = case.law.composed(num_steps, weight=weight, control=control)
+    control, weight, noise = SCHEMES[scheme]
+    composed = case.law.composed(num_steps, weight=weight, control=control, noise=noise)
 
     @eqx.filter_jit
     def one(composed: Any, key: jax.Array) -> Any:
@@ -226,13 +230,14 @@ def main() -> None:
     jax.config.update("jax_enable_x64", True)
     parser = arguments(__doc__, "compositions")
     parser.add_argument("--problems", nargs="+", default=list(problems()), help="some of them")
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
     options = parser.parse_args()
     progress, results = Progress(options.output), {}
     for name in options.problems:
         case, rows = problems()[name](), []
         steps = case.steps[:2] if options.quick else case.steps
         repeats = 4 if options.quick else case.repeats
-        for scheme, num_steps in itertools.product(SCHEMES, steps):
+        for scheme, num_steps in itertools.product(options.schemes, steps):
             result = progress(
                 f"{name}, {scheme}, {num_steps}",
                 (case.num_particles, repeats),

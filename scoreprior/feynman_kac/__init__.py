@@ -14,12 +14,14 @@ from scoreprior.feynman_kac.engine import (
     step,
 )
 from scoreprior.feynman_kac.levels import Levels
+from scoreprior.feynman_kac.noise import AbstractNoise, TargetScore, TemperedNoise
 from scoreprior.feynman_kac.rejuvenate import AbstractRejuvenation, Renoise, ScoreLine
 from scoreprior.feynman_kac.resample import systematic
 from scoreprior.feynman_kac.weight import AbstractWeight, EnergyRatio, Euler, KernelRatio, Trapezoid
 
 __all__ = [
     "AbstractControl",
+    "AbstractNoise",
     "AbstractRejuvenation",
     "AbstractWeight",
     "Composed",
@@ -35,6 +37,8 @@ __all__ = [
     "Renoise",
     "Resampling",
     "ScoreLine",
+    "TargetScore",
+    "TemperedNoise",
     "Trapezoid",
     "VarianceControl",
     "count_distinct",

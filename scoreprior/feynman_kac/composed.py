@@ -20,7 +20,8 @@ propositions are cases of it)
     g = (|S|^2 - sum_i beta_i |s_i|^2) / 2 + S . b + div b
 
 per unit of `r^2`, integrated over a step by an `AbstractWeight`; or, where energies are known, a
-weight without an error of the steps (`EnergyRatio`). The twist is on top of that chain:
+weight without an error of the steps (`EnergyRatio`). Moves may have less noise (see `noise`), at
+the same rate. The twist is on top of that chain:
 
     tau'(x') - tau(x) - sqrt(h) n . grad tau - h |grad tau|^2 / 2
 
@@ -41,6 +42,7 @@ from scoreprior.denoise.base import energy_of
 from scoreprior.feynman_kac.control import AbstractControl
 from scoreprior.feynman_kac.engine import FeynmanKacModel, over
 from scoreprior.feynman_kac.levels import Levels
+from scoreprior.feynman_kac.noise import AbstractNoise, TargetScore
 from scoreprior.feynman_kac.rejuvenate import AbstractRejuvenation, Place, Target
 from scoreprior.feynman_kac.weight import AbstractWeight, Moved, Scores, dots
 from scoreprior.gaussian import Moments
@@ -95,6 +97,7 @@ class Composed(eqx.Module):
     levels: Levels
     weight: AbstractWeight
     control: AbstractControl
+    noise: AbstractNoise = TargetScore()
     twist: Twist | None = None
     log_likelihood: Callable[[Event], Scalar] | None = None
     batch_size: int | None = eqx.field(static=True, default=None)
@@ -182,25 +185,25 @@ class Composed(eqx.Module):
     def _step(
         self, k: Int[Array, ""], is_last: bool, theta: Array, key: Key, x: Event, known: Known
     ) -> Any:
-        h = self.levels.h[k]
+        h, square = self.levels.h[k], self.noise.variance(self.total)
         key_noise, key_probe = jax.random.split(key)
         noise = jax.random.normal(key_noise, x.shape, x.dtype)
-        drift = known.scores.drift(theta)
+        drift = known.scores.drift(theta) + (square - 1) / 2 * known.scores.S
         ahead = known.ahead * h / (2 * self.levels.h[k - 1])
         extrapolated = drift
         if self.weight.extrapolates:
             extrapolated = drift + ahead * (drift - known.drift)
-        moved = x + h * extrapolated + jnp.sqrt(h) * noise
+        moved = x + h * extrapolated + jnp.sqrt(square * h) * noise
         if known.direction is not None:
-            moved = moved + h * known.direction
+            moved = moved + square * h * known.direction
         r = jnp.zeros_like(h) if is_last else self.levels.r[k + 1]
         new = self._know(moved, r, key_probe, is_last)
         step = Moved(known.scores, new.scores, theta, h, extrapolated, moved - x, self.total)
         log_g, rate, response = self.weight.log_g(step)
         tilt = new.tau - known.tau
         if known.direction is not None:
-            tilt = tilt - jnp.sqrt(h) * jnp.sum(noise * known.direction)
-            tilt = tilt - h / 2 * jnp.sum(known.direction**2)
+            tilt = tilt - jnp.sqrt(square * h) * jnp.sum(noise * known.direction)
+            tilt = tilt - square * h / 2 * jnp.sum(known.direction**2)
             response = response + h * dots(known.scores.bases, known.direction)
         one = jnp.ones_like(known.ahead)
         new = new._replace(drift=drift, ahead=one, rate=rate + tilt, response=response)

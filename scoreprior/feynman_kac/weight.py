@@ -51,11 +51,13 @@ class AbstractWeight(eqx.Module):
     """The log weight of a step, and what of it the control sees.
 
     `needs_energy`: whether `Scores` must have the energy and the slope of the composition.
-    `extrapolates`: whether the drift is extrapolated to the middle of the step.
+    `extrapolates`: whether the drift is extrapolated to the middle of the step. `is_rate`: whether
+    it is an integral of the rate, which is the same for all noise, and no ratio of kernels.
     """
 
     needs_energy: ClassVar[bool] = False
     extrapolates: ClassVar[bool] = True
+    is_rate: ClassVar[bool] = True
 
     @abstractmethod
     def log_g(self, moved: Moved) -> tuple[Scalar, Scalar, Float[Array, " basis"]]:
@@ -95,6 +97,8 @@ class KernelRatio(AbstractWeight):
     `a = S`. Moves here are along an extrapolated drift, which it corrects for, at the cost of
     noise; and with `VarianceControl` the error stays of first order, while `Trapezoid` has second.
     """
+
+    is_rate: ClassVar[bool] = False
 
     def log_g(self, moved: Moved) -> tuple[Scalar, Scalar, Float[Array, " basis"]]:
         before, after, theta, h, drift, displacement, _ = moved
@@ -140,6 +144,7 @@ class EnergyRatio(AbstractWeight):
 
     needs_energy: ClassVar[bool] = True
     extrapolates: ClassVar[bool] = False
+    is_rate: ClassVar[bool] = False
 
     def log_g(self, moved: Moved) -> tuple[Scalar, Scalar, Float[Array, " basis"]]:
         before, after, theta, h, drift, displacement, total = moved

@@ -17,11 +17,13 @@ from scoreprior._util import check_count
 from scoreprior.composition import Composition
 from scoreprior.feynman_kac import (
     AbstractControl,
+    AbstractNoise,
     AbstractRejuvenation,
     AbstractWeight,
     Composed,
     FKState,
     Resampling,
+    TargetScore,
     Trapezoid,
     init,
     step,
@@ -69,7 +71,8 @@ class FeynmanKac(eqx.Module):
     `VarianceControl()` for a `Composition` and none for a `ScorePrior`. `weight`: how the weights
     of a step are integrated where there is a composition or control; `EnergyRatio()` takes the
     denoisers' energies and is exact at any `num_steps`, for a `ScorePrior` too, which then is the
-    law of its energy. `rejuvenation`: moves of particles that have just been resampled,
+    law of its energy. `noise` of the moves of a composition: `TemperedNoise()` has less of it, and
+    loses modes. `rejuvenation`: moves of particles that have just been resampled,
     `ScoreLine(...)` or `Renoise(...)` of `scoreprior.feynman_kac`, or none; with it the run is
     exact up to the error of the steps, and the evidence has a bias of order `1 / num_particles`.
     `batch_size`: particles of a group moved at once, all by default, to bound memory. `chunk_size`:
@@ -84,6 +87,7 @@ class FeynmanKac(eqx.Module):
     threshold: float = eqx.field(static=True, default=0.5, kw_only=True)
     control: AbstractControl | None = eqx.field(default=None, kw_only=True)
     weight: AbstractWeight = eqx.field(default=Trapezoid(), kw_only=True)
+    noise: AbstractNoise = eqx.field(default=TargetScore(), kw_only=True)
     rejuvenation: AbstractRejuvenation | None = eqx.field(default=None, kw_only=True)
     batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
     chunk_size: int = eqx.field(static=True, default=10, kw_only=True)
@@ -99,6 +103,8 @@ class FeynmanKac(eqx.Module):
             raise TypeError(f"control must be VarianceControl() or NoControl(), got {self.control}")
         if not isinstance(self.weight, AbstractWeight):
             raise TypeError(f"weight must be one such as Trapezoid(), got {self.weight!r}")
+        if not isinstance(self.noise, AbstractNoise):
+            raise TypeError(f"noise must be TargetScore() or TemperedNoise(), got {self.noise!r}")
         if not isinstance(self.rejuvenation, AbstractRejuvenation | None):
             raise TypeError(
                 "rejuvenation must be ScoreLine(...), Renoise(...) or None, got "
@@ -173,16 +179,14 @@ class FeynmanKac(eqx.Module):
         return Scheme(type(self).__name__, **named)
 
     def _settings(self, target: Target, key: Key) -> dict[str, Any]:
-        free = ("chunk_size", "batch_size", "guidance", "control", "weight", "rejuvenation")
+        parts = ("guidance", "control", "weight", "noise", "rejuvenation")
+        free = {"chunk_size", "batch_size", *parts}
         engine = {name: value for name, value in vars(self).items() if name not in free}
         return {
             "engine": type(self).__name__,
             **engine,
-            "guidance": repr(self.guidance),
+            **{name: repr(getattr(self, name)) for name in parts},
             "guidance_values": fingerprint(self.guidance),
-            "control": repr(self.control),
-            "weight": repr(self.weight),
-            "rejuvenation": repr(self.rejuvenation),
             "key": key_words(key),
             "data": fingerprint(target.data),
             "prior": fingerprint(_flows(target.prior)),

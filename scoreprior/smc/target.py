@@ -11,6 +11,7 @@ from scoreprior._typing import Event, Scalar
 from scoreprior.composition import Composition
 from scoreprior.feynman_kac import (
     AbstractControl,
+    AbstractNoise,
     AbstractRejuvenation,
     AbstractWeight,
     Composed,
@@ -69,6 +70,7 @@ class Scheme(NamedTuple):
     num_steps: int
     control: AbstractControl | None
     weight: AbstractWeight
+    noise: AbstractNoise
     rejuvenation: AbstractRejuvenation | None
     batch_size: int | None
 
@@ -143,6 +145,7 @@ class Scheme(NamedTuple):
             self.num_steps,
             weight=self.weight,
             control=control,
+            noise=self.noise,
             twist=twist,
             log_likelihood=EventLikelihood(problem, site),
             batch_size=self.batch_size,
