@@ -94,9 +94,12 @@ class Composition(dist.Distribution):
 
     def log_ratio(self, value: Array) -> Array:
         """`log_prob(value)` less that of the `reference`, which is not solved for twice."""
-        total = jnp.zeros((), self.exponents.dtype)
-        for beta, prior in zip(self.exponents, self.priors, strict=True):
-            total = total + (beta - (prior is self.reference)) * prior.log_prob(value)
+        exponents = self.exponents if is_traced(self.exponents) else np.asarray(self.exponents)
+        total = jnp.zeros(jnp.shape(value)[: jnp.ndim(value) - self.event_dim], exponents.dtype)
+        for beta, prior in zip(exponents, self.priors, strict=True):
+            power = beta - (prior is self.reference)
+            if is_traced(power) or power != 0:
+                total = total + power * prior.log_prob(value)
         return total
 
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:

@@ -15,6 +15,7 @@ from scoreprior import compose
 from scoreprior import feynman_kac as fk
 from scoreprior.composition import Composition
 from scoreprior.denoise import Gaussian, GaussianMixture
+from scoreprior.density import ScoreOnly
 from scoreprior.flow import FixedGrid, Flow
 from scoreprior.gaussian import Moments
 from scoreprior.guide import TMPD, Exceeds, Steering
@@ -215,6 +216,18 @@ def test_draws_and_density_of_the_distribution():
     again = jax.jit(lambda law, x: law.log_prob(x))(composition, points)
     np.testing.assert_allclose(again, composition.log_prob(points), rtol=1e-10)
     assert "unnormalised" in repr(composition)
+
+
+def test_a_reference_to_the_power_one_is_not_solved_for():
+    first, second = CASES["product"][0]
+    points = second.sample(KEY, (3,))
+    scored = ScorePrior(first.flow, density=ScoreOnly())
+    composition = compose({scored: 1.0, second: 1.0})
+    expected = second.log_prob(points)
+    np.testing.assert_allclose(composition.log_ratio(points), expected, rtol=1e-12)
+    traced = jax.jit(lambda x: composition.log_ratio(x))(points)
+    np.testing.assert_allclose(traced, expected, rtol=1e-10)
+    np.testing.assert_array_equal(compose({scored: 1.0}).log_ratio(points), np.zeros(3))
 
 
 def small(factors):
