@@ -66,7 +66,11 @@ def measure(case: Any, problem: sp.Problem, engine: Any, seed: int) -> dict[str,
     exact, other = (sample(posterior, NUM_DRAWS, 2 * seed + i) for i in range(2))
     many = sample(posterior, 10 * NUM_DRAWS, 10_000 + seed)
     start = time.perf_counter()
-    draws = engine.run(problem, jax.random.key(seed), progress=False)
+    try:
+        draws = engine.run(problem, jax.random.key(seed), progress=False)
+    except FloatingPointError as error:
+        print(error)
+        return {"lost": 1.0}
     seconds = time.perf_counter() - start
     extra = {name: values for name, (_, values) in draws.extra.items()}
     x = np.asarray(draws.positions["x"], float).reshape(NUM_DRAWS, -1)
@@ -125,18 +129,20 @@ def main() -> None:
             found[name].append(result)
             if name == next(iter(chosen)):
                 kinds.setdefault(one.kind, []).append(result)
-    columns = [column for column in found[next(iter(chosen))][0] if column != "lost"]
+    columns = list(found[next(iter(chosen))][0])
     for title, groups in (("methods", found), (next(iter(chosen)), kinds)):
         rows = [
-            [name, *(_median(results, column) for column in columns), len(results)]
+            [name, *(_summary(results, column) for column in columns), len(results)]
             for name, results in groups.items()
         ]
         show(f"{title}, d = {options.dimension}", ["", *columns, "problems"], rows)
     write(options.output, {"methods": found, "kinds": kinds})
 
 
-def _median(results: list[dict[str, float]], column: str) -> float:
-    """Of the problems in which some draws are finite."""
+def _summary(results: list[dict[str, float]], column: str) -> float:
+    """The share of all draws that were lost, or the median where some are finite."""
+    if column == "lost":
+        return statistics.mean(result[column] for result in results)
     values = [result[column] for result in results if column in result]
     return statistics.median(values) if values else math.nan
 
