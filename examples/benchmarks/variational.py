@@ -17,7 +17,7 @@ all processors, which other work changes less.
 
 import statistics
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import diffrax
 import jax

@@ -34,8 +34,8 @@ class TargetScore(AbstractNoise):
 class TemperedNoise(AbstractNoise):
     """`zeta^2 = 1 / sum_i beta_i`: less noise at a low temperature.
 
-    It loses modes: with so little noise, particles cannot leave the mode that they fall into, and
-    the effective sample size does not tell.
+    Without `VarianceControl` it loses mass, and the effective sample size does not tell: a Gaussian
+    cloud comes down narrower than its target. With it, it is as good as `TargetScore`.
     """
 
     def variance(self, total: Scalar) -> Scalar:
