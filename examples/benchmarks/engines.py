@@ -78,6 +78,8 @@ ENGINES: dict[str, Callable[[float], Any]] = {
     "SVGD": lambda step: sp.SVGD(250, 1000, step_size=3 * step**0.5),
     "PredictorCorrector": lambda _: sp.PredictorCorrector(1000),
     "AnnealedLangevin": lambda _: sp.AnnealedLangevin(1000),
+    "DAPS": lambda _: sp.DAPS(1000),
+    "SplitGibbs": lambda _: sp.SplitGibbs(num_samples=500),
     "TemperedSMC": lambda _: sp.TemperedSMC(250),
     "PersistentSMC": lambda _: sp.PersistentSMC(250),
     "FeynmanKac": lambda _: sp.FeynmanKac(TMPD(), 250),
@@ -221,6 +223,11 @@ def measure(trial: Trial, engine: Any, reference: Any | None) -> dict[str, float
     # Samplers along noise levels read the model seldom, and otherwise call the denoiser alone.
     if isinstance(engine, sp.PredictorCorrector | sp.AnnealedLangevin):
         cost = engine.num_samples * (engine.num_levels - 1) * (1 + engine.num_corrector_steps)
+    if isinstance(engine, sp.DAPS):
+        cost = engine.num_samples * engine.num_levels * (2 * engine.num_ode_steps - 1)
+    if isinstance(engine, sp.SplitGibbs):
+        sweeps = engine.num_warmup + engine.num_samples
+        cost = engine.num_chains * sweeps * engine.num_steps
     if isinstance(engine, sp.FeynmanKac):
         cost = engine.num_groups * engine.num_particles * engine.num_steps
     if isinstance(engine, sp.Guided):
