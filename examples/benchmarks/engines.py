@@ -223,14 +223,12 @@ def measure(trial: Trial, engine: Any, reference: Any | None) -> dict[str, float
     # Samplers along noise levels read the model seldom, and otherwise call the denoiser alone.
     if isinstance(engine, sp.PredictorCorrector | sp.AnnealedLangevin):
         cost = engine.num_samples * (engine.num_levels - 1) * (1 + engine.num_corrector_steps)
-    if isinstance(engine, sp.DAPS):
-        cost = engine.num_samples * engine.num_levels * (2 * engine.num_ode_steps - 1)
     if isinstance(engine, sp.SplitGibbs):
         sweeps = engine.num_warmup + engine.num_samples
         cost = engine.num_chains * sweeps * engine.num_steps
     if isinstance(engine, sp.FeynmanKac):
         cost = engine.num_groups * engine.num_particles * engine.num_steps
-    if isinstance(engine, sp.Guided):
+    if isinstance(engine, sp.Guided | sp.DAPS):
         cost = engine.num_samples * int(tree["sample_stats"]["num_evaluations"])
     x = draws(tree)
     if reference is None:
