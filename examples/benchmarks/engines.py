@@ -39,9 +39,11 @@ import scoreprior as sp
 from scoreprior import FixedGrid, Flow, Moments, Problem, ScorePrior
 from scoreprior.denoise import Gaussian
 from scoreprior.guide import TMPD
+from scoreprior.smc import HMCMoves
 from scoreprior.vi import IAF, FullRank, LowRank, MeanField
 
 NUM_DRAWS = 1000
+SHORT_MOVES: dict[str, Any] = {"kernel": HMCMoves(3), "max_autocorrelation": 0.5}
 REFERENCE = sp.NUTS(300, 500)
 
 
@@ -80,8 +82,8 @@ ENGINES: dict[str, Callable[[float], Any]] = {
     "AnnealedLangevin": lambda _: sp.AnnealedLangevin(1000),
     "DAPS": lambda _: sp.DAPS(1000),
     "SplitGibbs": lambda _: sp.SplitGibbs(num_samples=500),
-    "TemperedSMC": lambda _: sp.TemperedSMC(250),
-    "PersistentSMC": lambda _: sp.PersistentSMC(250),
+    "TemperedSMC": lambda _: sp.TemperedSMC(250, **SHORT_MOVES),
+    "PersistentSMC": lambda _: sp.PersistentSMC(250, **SHORT_MOVES),
     "FeynmanKac": lambda _: sp.FeynmanKac(TMPD(), 250),
     "Guided, TMPD": lambda _: sp.Guided(TMPD()),
     "NestedSampling": lambda _: sp.NestedSampling(250),
