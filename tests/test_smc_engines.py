@@ -15,15 +15,15 @@ from scoreprior.compare import Clusters
 from scoreprior.denoise import Gaussian
 from scoreprior.gaussian import Moments
 from scoreprior.problem import Problem
-from scoreprior.smc import NestedSampling, PersistentSMC, TemperedSMC
+from scoreprior.smc import HMCMoves, NestedSampling, PersistentSMC, TemperedSMC
 from stats import GATE
-from two_priors import PRIOR_G, PRIOR_M, build, check_evidence, check_law, run
+from two_priors import PRIOR_G, PRIOR_M, SHORT, build, check_evidence, check_law, run
 
 pytestmark = [pytest.mark.promotes_ranks, pytest.mark.slow]
 
 ENGINES = {
-    "waste-free": TemperedSMC(400, 40, num_ancestors=40),
-    "persistent": PersistentSMC(150, 40, 400),
+    "waste-free": TemperedSMC(400, 40, num_ancestors=40, kernel=HMCMoves(3)),
+    "persistent": PersistentSMC(150, 40, 400, **SHORT),
     "nested": NestedSampling(100, 40, 400),
 }
 
