@@ -120,7 +120,9 @@ class HMCMoves(AbstractMoves):
         step_size = step_size * (1 + within)
         kernel = hmc.build_kernel()
         state, info = kernel(key, state, logdensity_fn, step_size, scales, self.num_leapfrog)
-        undefined = jnp.isnan(info.proposal.logdensity)
+        # Too long a trajectory overflows, which says nothing of the model.
+        finite = jnp.all(jnp.isfinite(ravel_pytree(info.proposal.position)[0]))
+        undefined = jnp.isnan(info.proposal.logdensity) & finite
         return state, jnp.where(undefined, jnp.nan, info.acceptance_rate)
 
     def first_step_size(self, size: int) -> float:
