@@ -72,12 +72,11 @@ class FeynmanKac(eqx.Module):
     of a step are integrated where there is a composition or control; `EnergyRatio()` takes the
     denoisers' energies and is exact at any `num_steps`, for a `ScorePrior` too, which then is the
     law of its energy. `noise` of the moves of a composition, `TargetScore()` or `TemperedNoise()`.
-    `rejuvenation`: moves of particles that have just been resampled,
-    `ScoreLine(...)` or `Renoise(...)` of `scoreprior.feynman_kac`, or none; with it the run is
-    exact up to the error of the steps, and the evidence has a bias of order `1 / num_particles`.
-    `batch_size`: particles of a group moved at once, all by default, to bound memory. `chunk_size`:
-    steps between two updates of the progress bar and of the checkpoint; it does not change the
-    draws.
+    `rejuvenation`: moves of particles that have just been resampled, `ScoreLine(...)` or
+    `Renoise(...)` of `scoreprior.feynman_kac`, or none; with it the run is exact up to the error of
+    the steps, and the evidence has a bias of order `1 / num_particles`. `batch_size`: particles of
+    a group moved at once, all by default, to bound memory. `chunk_size`: steps between two updates
+    of the progress bar and of the checkpoint; it does not change the draws.
     """
 
     guidance: Guidance = eqx.field(default=TMPD())

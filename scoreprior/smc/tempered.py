@@ -113,7 +113,8 @@ class TemperedSMC(eqx.Module):
         `stats` hold for every draw its joint log density `lp`, its `group_of_draw`, and its
         `ancestor`, the prior draw of that group whence it comes. `extra` holds `log_evidence`,
         `log_evidence_se`, `group_log_evidence` [group] and the record of every temperature,
-        [group, step].
+        [group, step], with the share of proposals that were refused since their density was NaN as
+        `diverging`, of which a warning tells.
 
         With `checkpoint`, a directory, the run is stored after every temperature, and the same call
         resumes it bit for bit. Ctrl-C returns the clouds at the temperatures they have reached:
