@@ -55,8 +55,8 @@ class Composition(dist.Distribution):
 
     In a NumPyro model it is a prior site: `Problem` writes it as one of its factors, the
     `reference`, times a density ratio that counts to the likelihood. So all engines apply, their
-    evidence is that of data and composition, `Z p(y)`, and `FeynmanKac` needs no density at all. Its
-    weights, and those of `sample`, take the scores of all levels for those of one law that
+    evidence is that of data and composition, `Z p(y)`, and `FeynmanKac` needs no density at all.
+    Its weights, and those of `sample`, take the scores of all levels for those of one law that
     diffuses: of a trained network, of which that is not quite true, the law differs from that of
     the densities, the more the further exponents are from one (see Validation). `EnergyRatio` has
     no such error.
