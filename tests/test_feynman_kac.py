@@ -263,8 +263,8 @@ def test_linear_data_are_whitened_once_and_the_step_is_the_same():
         numpyro.sample("y", dist.MultivariateNormal(A_M @ x**2, COV_M), obs=y)
 
     engine = FeynmanKac(TMPD(), 8, 1, 10)
-    assert engine._target(Problem.from_model(bent, Y_M)).chain.whitening is None
-    chain = engine._target(PLANE).chain
+    assert engine._scheme.target(Problem.from_model(bent, Y_M)).chain.whitening is None
+    chain = engine._scheme.target(PLANE).chain
     own = dataclasses.replace(chain, whitening=None)
     start = chain.init(KEY, 8)
     x, log_weights, _ = chain.propagate(KEY, jnp.asarray(5), start[0], start[2], start[1])
