@@ -53,7 +53,7 @@ from scoreprior.cli import OBSERVATIONS
 from scoreprior.denoise import GaussianMixture
 from scoreprior.density import AbstractDensity
 from scoreprior.flow import FixedGrid, Flow, Multistep
-from scoreprior.guide import JFPS, TMPD
+from scoreprior.guide import JFPS, MMPS, TMPD
 from scoreprior.mcmc import GivenValues
 
 DIGIT, NOISE, WIDER = 12, 2.0, 1.0
@@ -220,7 +220,7 @@ COMPOSITIONS = {
     "FeynmanKac": sp.FeynmanKac(None, 2000, 4, 200),
     "FeynmanKac, 400 steps": sp.FeynmanKac(None, 1000, 4, 400),
 }
-METHODS = {"TMPD": TMPD(), "JFPS": JFPS(digits_flow(jnp.float32).moments)}
+METHODS = {"TMPD": TMPD(), "MMPS": MMPS(8), "JFPS": JFPS(digits_flow(jnp.float32).moments)}
 """Guidance to correct."""
 CORRECTED = {f"FeynmanKac, {name}": sp.FeynmanKac(each, 500) for name, each in METHODS.items()}
 UNCORRECTED = {"Guided, TMPD": sp.Guided(METHODS["TMPD"])}
