@@ -36,7 +36,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import arviz as az
 import engines
 import jax
 import jax.numpy as jnp
@@ -248,16 +247,6 @@ REFERENCES = {
 LAWS = ("network", "mixture")
 
 
-def _tree(x: np.ndarray, like: Any) -> Any:
-    """Draws [n, 64] in a tree that `sp.compare` takes beside `like`."""
-    groups: dict[str, Any] = {"posterior": {"x": x.reshape(1, -1, 8, 8)}}
-    groups["sample_stats"] = {"exact": np.ones((1, len(x)))}
-    if "observed_data" in like.children:
-        data = like["observed_data"].data_vars.items()
-        groups["observed_data"] = {name: np.asarray(value) for name, value in data}
-    return az.from_dict(groups)
-
-
 def run(name: str, case: Case, engine: Any, seed: int, checkpoint: str | None = None) -> Any:
     """The tree and the calls of the model; NUTS on a square starts from `FeynmanKac`."""
     key = jax.random.key(seed)
@@ -274,11 +263,7 @@ def run(name: str, case: Case, engine: Any, seed: int, checkpoint: str | None = 
 def measure(name: str, case: Case, engine: Any, reference: Any | None) -> dict[str, float]:
     """Distances and cost of `engine`; `reference` stands for the truth where it is unknown."""
     tree, calls = run(name, case, engine, 0)
-    cost = calls * case.num_evaluations
-    if isinstance(engine, sp.FeynmanKac):
-        cost = engine.num_groups * engine.num_particles * engine.num_steps
-    if isinstance(engine, sp.Guided):
-        cost = engine.num_samples * int(tree["sample_stats"]["num_evaluations"])
+    cost = engines.cost_of(engine, tree, calls * case.num_evaluations)
     x = draws(tree)
     if case.sample is None:
         truth = reference
@@ -286,7 +271,7 @@ def measure(name: str, case: Case, engine: Any, reference: Any | None) -> dict[s
         exact, other = np.array_split(parts, 2)
         x = draws(tree, len(exact))
     else:
-        truth = _tree(case.sample(40_000, 2), tree)
+        truth = engines.exact_tree(case.sample(40_000, 2), tree)
         exact, other = (case.sample(len(x), seed) for seed in range(2))
     row = sp.compare(truth, tree).iloc[1]
     stats = tree["sample_stats"].to_dataset()

@@ -200,14 +200,32 @@ TRIALS: dict[str, Callable[[], Trial]] = {
 }
 
 
-def exact_tree(trial: Trial, like: Any, num_draws: int, seed: int) -> Any:
-    """Exact draws in a tree that `sp.compare` takes beside `like`."""
-    assert trial.sample is not None
+def exact_tree(x: np.ndarray, like: Any) -> Any:
+    """Exact draws [n, d] in a tree that `sp.compare` takes beside `like`."""
     shape = like["posterior"]["x"].shape[2:]
-    x = trial.sample(num_draws, seed).reshape(1, num_draws, *shape)
-    data = {name: np.asarray(value) for name, value in like["observed_data"].data_vars.items()}
-    stats = {"exact": np.ones((1, num_draws))}
-    return az.from_dict({"posterior": {"x": x}, "sample_stats": stats, "observed_data": data})
+    groups: dict[str, Any] = {"posterior": {"x": x.reshape(1, len(x), *shape)}}
+    groups["sample_stats"] = {"exact": np.ones((1, len(x)))}
+    if "observed_data" in like.children:
+        data = like["observed_data"].data_vars.items()
+        groups["observed_data"] = {name: np.asarray(value) for name, value in data}
+    return az.from_dict(groups)
+
+
+def cost_of(engine: Any, tree: Any, calls: int) -> int:
+    """Evaluations of a run that called the model `calls` times.
+
+    Samplers along noise levels read the model seldom, and otherwise call the denoiser alone.
+    """
+    if isinstance(engine, sp.PredictorCorrector | sp.AnnealedLangevin):
+        return engine.num_samples * (engine.num_levels - 1) * (1 + engine.num_corrector_steps)
+    if isinstance(engine, sp.SplitGibbs):
+        sweeps = engine.num_warmup + engine.num_samples
+        return engine.num_chains * sweeps * engine.num_steps
+    if isinstance(engine, sp.FeynmanKac):
+        return engine.num_groups * engine.num_particles * engine.num_steps
+    if isinstance(engine, sp.Guided | sp.DAPS):
+        return engine.num_samples * int(tree["sample_stats"]["num_evaluations"])
+    return calls
 
 
 def draws(tree: Any, num_draws: int = NUM_DRAWS) -> np.ndarray:
@@ -221,21 +239,12 @@ def measure(trial: Trial, engine: Any, reference: Any | None) -> dict[str, float
     """Distances and cost of `engine` on `trial`; `reference` stands for the truth if unknown."""
     before = evaluations
     tree = sp.infer(trial.problem, engine, key=jax.random.key(0), progress=False)
-    cost = evaluations - before
-    # Samplers along noise levels read the model seldom, and otherwise call the denoiser alone.
-    if isinstance(engine, sp.PredictorCorrector | sp.AnnealedLangevin):
-        cost = engine.num_samples * (engine.num_levels - 1) * (1 + engine.num_corrector_steps)
-    if isinstance(engine, sp.SplitGibbs):
-        sweeps = engine.num_warmup + engine.num_samples
-        cost = engine.num_chains * sweeps * engine.num_steps
-    if isinstance(engine, sp.FeynmanKac):
-        cost = engine.num_groups * engine.num_particles * engine.num_steps
-    if isinstance(engine, sp.Guided | sp.DAPS):
-        cost = engine.num_samples * int(tree["sample_stats"]["num_evaluations"])
+    cost = cost_of(engine, tree, evaluations - before)
     x = draws(tree)
     if reference is None:
-        truth = exact_tree(trial, tree, 20 * NUM_DRAWS, 2)
-        exact, other = (draws(exact_tree(trial, tree, len(x), seed)) for seed in range(2))
+        assert trial.sample is not None
+        truth = exact_tree(trial.sample(20 * NUM_DRAWS, 2), tree)
+        exact, other = (trial.sample(len(x), seed) for seed in range(2))
     else:
         truth = reference
         half = len(draws(truth)) // 2
