@@ -40,17 +40,19 @@ DOORS = {
     "arviz": {"compare", "infer", "sbi", "check", "plot", "cli"},
     "blackjax": {"_psis", "feynman_kac", "mcmc", "smc", "vi"},
     "dask": {"sbi"},
+    "distributed": {"sbi"},
     "diffrax": {"solver"},
-    "matplotlib": {"plot"},
+    "matplotlib": {"plot", "check"},
     "numpyro": {"composition", "prior", "problem", "vi", "infer", "sbi", "check", "cli"},
     "optax": {"mcmc", "train", "vi"},
     "pandas": {"compare"},
     "safetensors": {"io", "train", "mcmc", "infer"},
-    "sklearn": {"cli"},
+    "sklearn": {"cli", "check"},
     "tqdm": {"_run", "train", "sbi", "cli"},
     "xarray": {"compare", "infer", "sbi", "check", "plot"},
+    "zarr": {"sbi"},
 }
-LAZY = {"dask", "diffrax", "matplotlib", "sklearn"}
+LAZY = {"dask", "diffrax", "distributed", "matplotlib", "sklearn", "zarr"}
 STANDARD = set(sys.stdlib_module_names)
 
 

@@ -1,0 +1,1 @@
+"""Checks of posteriors: calibration, coverage, two-sample tests, predictions."""

@@ -1,0 +1,1 @@
+"""Simulation-based inference: simulate, amortise, and compose scores of many observations."""
