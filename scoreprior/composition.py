@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 from numpyro.distributions.util import validate_sample
 
+from scoreprior._stack import Stack
 from scoreprior._typing import Key
 from scoreprior._util import is_traced
 from scoreprior.denoise.base import energy_of
@@ -61,11 +62,14 @@ class Composition(dist.Distribution):
     the densities, the more the further exponents are from one (see Validation). `EnergyRatio` has
     no such error.
 
+    Priors of one kind, as those of one network with different contexts, are evaluated together.
+
     **Attributes:** `priors`, `exponents`.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
-    pytree_data_fields = ("priors", "exponents")
+    pytree_data_fields = ("stacks", "exponents")
+    pytree_aux_fields = ("places",)
 
     def __init__(
         self,
@@ -74,9 +78,17 @@ class Composition(dist.Distribution):
         *,
         validate_args: bool | None = None,
     ):
-        self.priors = tuple(priors)
-        self.exponents = jnp.asarray(exponents, self.priors[0].flow.moments.mean.dtype)
-        super().__init__((), self.priors[0].event_shape, validate_args=validate_args)
+        priors = tuple(priors)
+        self.places, self.stacks = zip(*Stack.group(priors), strict=True)
+        self.exponents = jnp.asarray(exponents, priors[0].flow.moments.mean.dtype)
+        super().__init__((), priors[0].event_shape, validate_args=validate_args)
+
+    @property
+    def priors(self) -> tuple[ScorePrior, ...]:
+        found: dict[int, ScorePrior] = {}
+        for places, stack in zip(self.places, self.stacks, strict=True):
+            found.update(zip(places, stack.items(), strict=True))
+        return tuple(found[index] for index in range(len(found)))
 
     @property
     def support(self) -> constraints.Constraint:
@@ -85,25 +97,39 @@ class Composition(dist.Distribution):
     @property
     def reference(self) -> ScorePrior:
         """The factor with the largest exponent, the first of several."""
-        largest = 0 if is_traced(self.exponents) else int(np.asarray(self.exponents).argmax())
-        return self.priors[largest]
+        return self.priors[self._largest]
+
+    @property
+    def _largest(self) -> int:
+        return 0 if is_traced(self.exponents) else int(np.asarray(self.exponents).argmax())
 
     @validate_sample
     def log_prob(self, value: Array) -> Array:
         """`sum_i beta_i log q_i(value)`, without the normaliser, nats [*batch]."""
-        total = jnp.zeros((), self.exponents.dtype)
-        for beta, prior in zip(self.exponents, self.priors, strict=True):
-            total = total + beta * prior.log_prob(value)
-        return total
+        return self._weighted(value, self.exponents)
 
     def log_ratio(self, value: Array) -> Array:
         """`log_prob(value)` less that of the `reference`, which is not solved for twice."""
-        exponents = self.exponents if is_traced(self.exponents) else np.asarray(self.exponents)
-        total = jnp.zeros(jnp.shape(value)[: jnp.ndim(value) - self.event_dim], exponents.dtype)
-        for beta, prior in zip(exponents, self.priors, strict=True):
-            power = beta - (prior is self.reference)
-            if is_traced(power) or power != 0:
-                total = total + power * prior.log_prob(value)
+        if is_traced(self.exponents):
+            return self._weighted(value, self.exponents.at[0].add(-1))
+        exponents = np.array(self.exponents)
+        exponents[self._largest] -= 1
+        return self._weighted(value, exponents)
+
+    def _weighted(self, value: Array, exponents: Any) -> Array:
+        """`sum_i beta_i log q_i(value)`; factors to the power zero are left out."""
+        shape = jnp.shape(value)[: jnp.ndim(value) - self.event_dim]
+        total = jnp.zeros(shape, self.exponents.dtype)
+        for places, stack in zip(self.places, self.stacks, strict=True):
+            chosen = list(range(len(places)))
+            if not is_traced(exponents):
+                chosen = [i for i in chosen if exponents[places[i]] != 0]
+            if not chosen:
+                continue
+            some = stack if len(chosen) == len(places) else stack.take(np.asarray(chosen))
+            beta = jnp.asarray(exponents)[np.asarray(places)[chosen]]
+            terms = some.map(lambda prior, b: b * prior.log_prob(value), beta)
+            total = total + jnp.sum(terms, 0)
         return total
 
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
@@ -125,8 +151,9 @@ class Composition(dist.Distribution):
         Raises `ValueError` where `num_steps` is too small for the steps to be stable, for a weight
         that needs energies where a factor has none, and for a ratio of kernels with `noise`.
         """
-        low = min(prior.sigma_min for prior in self.priors)
-        high = max(prior.flow.sigma_max for prior in self.priors)
+        flows = [stack[0].flow for stack in self.stacks]  # levels are alike in a stack
+        low = min(flow.sigma_min for flow in flows)
+        high = max(flow.sigma_max for flow in flows)
         sigmas = LogGrid(low, high)(num_steps).astype(self.exponents.dtype)
         weight, control = weight or Trapezoid(), control or VarianceControl()
         noise = noise or TargetScore()
@@ -137,22 +164,35 @@ class Composition(dist.Distribution):
                 f"noise must be TargetScore() with weight {type(weight).__name__}(), a ratio of "
                 f"kernels, got {noise!r}: take Trapezoid() or Euler()"
             )
-        is_prior = not is_traced(self.exponents) and self._listed() == [1.0]
-        if not is_traced(self.exponents) and not is_prior:
-            # A step multiplies the distance from a narrow mode by 1 - B (1 - r'^2 / r^2).
-            total = float(np.abs(np.asarray(self.exponents)).sum())
-            least = math.ceil(2 * math.log(high / low) / -math.log1p(-min(0.5, 1 / total) + 1e-9))
-            if num_steps < least:
-                raise ValueError(
-                    f"num_steps must be at least {least} for noise levels from {high:g} to "
-                    f"{low:g} and exponents {self._listed()}, got {num_steps}"
-                )
-        factors = tuple(
-            Factor(p.flow.denoiser, p.flow.moments, jnp.asarray(p.sigma_min, beta.dtype), beta)
-            for p, beta in zip(self.priors, self.exponents, strict=True)
-        )
+        least = self._least_steps(low, high)
+        if num_steps < least:
+            raise ValueError(
+                f"num_steps must be at least {least} for noise levels from {high:g} to "
+                f"{low:g} and exponents {self._listed()}, got {num_steps}"
+            )
         levels = Levels.full_noise(low, sigmas)
-        return Composed(factors, levels, weight, control, noise, **tilt)
+        return Composed(self.factors(), levels, weight, control, noise, **tilt)
+
+    def _least_steps(self, low: float, high: float) -> int:
+        """How many keep a step from overshooting the narrowest mode."""
+        if is_traced(self.exponents) or self._listed() == [1.0]:
+            return 1
+        # A step multiplies the distance from a narrow mode by 1 - B (1 - r'^2 / r^2).
+        total = float(np.abs(np.asarray(self.exponents)).sum())
+        return math.ceil(2 * math.log(high / low) / -math.log1p(-min(0.5, 1 / total) + 1e-9))
+
+    def factors(self) -> tuple[Stack[Factor], ...]:
+        """The factors of a Feynman-Kac model, stacks of those of a kind."""
+        dtype = self.exponents.dtype
+
+        def factor(prior: ScorePrior, beta: Array) -> Factor:
+            flow = prior.flow
+            return Factor(flow.denoiser, flow.moments, jnp.asarray(flow.sigma_min, dtype), beta)
+
+        return tuple(
+            stack.rearrange(factor, self.exponents[np.asarray(places)])
+            for places, stack in zip(self.places, self.stacks, strict=True)
+        )
 
     def _check_energies(self, weight: AbstractWeight) -> None:
         for i, prior in enumerate(self.priors):

@@ -16,7 +16,7 @@ MAX_LINES = 399
 
 # A module imports strictly lower rungs, and its own package.
 LADDER = (
-    {"_typing", "_util", "gaussian", "operators"},
+    {"_stack", "_typing", "_util", "gaussian", "operators"},
     {"denoise", "nn", "observation", "solver"},
     {"density", "feynman_kac", "flow", "ito", "sample", "train"},
     {"composition", "io", "prior"},

@@ -29,6 +29,7 @@ corrects for any twist and any direction in place of its gradient, without bias.
 `beta = 1` and no control nothing else is left.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from scoreprior._stack import Stack
 from scoreprior._typing import Event, Key, Scalar
 from scoreprior.denoise.base import energy_of
 from scoreprior.feynman_kac.control import AbstractControl
@@ -91,9 +93,12 @@ class Known(NamedTuple):
 
 
 class Composed(eqx.Module):
-    """A product of `factors`, tilted by `twist` on the way and by `log_likelihood` at the end."""
+    """A product of factors, tilted by `twist` on the way and by `log_likelihood` at the end.
 
-    factors: tuple[Factor, ...]
+    Factors of a kind are in one `Stack`: they are evaluated together.
+    """
+
+    stacks: tuple[Stack[Factor], ...]
     levels: Levels
     weight: AbstractWeight
     control: AbstractControl
@@ -102,11 +107,21 @@ class Composed(eqx.Module):
     log_likelihood: Callable[[Event], Scalar] | None = None
     batch_size: int | None = eqx.field(static=True, default=None)
     rejuvenation: AbstractRejuvenation | None = None
+    log_scale: Scalar | None = None
+
+    def with_factors(self, stacks: tuple[Stack[Factor], ...], log_scale: Scalar) -> "Composed":
+        """With further factors, whose product is `exp(-log_scale)` at level zero."""
+        return dataclasses.replace(self, stacks=(*self.stacks, *stacks), log_scale=log_scale)
+
+    @property
+    def factors(self) -> list[Factor]:
+        """One by one."""
+        return [factor for stack in self.stacks for factor in stack.items()]
 
     @property
     def total(self) -> Scalar:
         """`sum_i beta_i`."""
-        return jnp.sum(jnp.stack([factor.exponent for factor in self.factors]))
+        return sum_over(self.stacks, lambda factor: factor.exponent)
 
     def model(self) -> FeynmanKacModel:
         rejuvenate = None if self.rejuvenation is None else self.rejuvenate
@@ -136,9 +151,8 @@ class Composed(eqx.Module):
         """Move by a kernel that leaves `p_r` as it is at the level `r` before step `k`."""
         r, rejuvenation = self.levels.r[k], self.rejuvenation
         assert rejuvenation is not None
-        noise = self.factors[0].sigma(r)
-        for factor in self.factors[1:]:
-            noise = jnp.minimum(noise, factor.sigma(r))
+        sigmas = [jnp.min(stack.map(lambda factor: factor.sigma(r))) for stack in self.stacks]
+        noise = jnp.min(jnp.stack(sigmas))
 
         def place(x: Event, known: Known) -> Place:
             return Place(x, known.tau, known.direction, known.scores.S, known)
@@ -160,11 +174,12 @@ class Composed(eqx.Module):
 
     def gaussian(self, r: Scalar) -> tuple[Event, Scalar]:
         """Mean and variance of the isotropic Gaussian nearest to the product at level `r`."""
-        precision, pull = jnp.zeros_like(r), jnp.zeros_like(self.factors[0].moments.mean)
-        for factor in self.factors:
+
+        def natural(factor: Factor) -> tuple[Scalar, Event]:
             variance = jnp.mean(factor.moments.eigenvalues) + factor.sigma(r) ** 2
-            precision = precision + factor.exponent / variance
-            pull = pull + factor.exponent / variance * factor.moments.mean
+            return factor.exponent / variance, factor.exponent / variance * factor.moments.mean
+
+        precision, pull = sum_over(self.stacks, natural)
         return pull / precision, 1 / precision
 
     def _first(self, key: Key) -> tuple[Event, Scalar, Known]:
@@ -174,12 +189,16 @@ class Composed(eqx.Module):
         noise = jax.random.normal(key_draw, mean.shape, mean.dtype)
         x = mean + jnp.sqrt(variance) * noise
         log_g = jnp.sum(noise**2 + jnp.log(2 * jnp.pi * variance)) / 2
+        if self.log_scale is not None:
+            log_g = log_g + self.log_scale
         known = self._know(x, self.levels.r[0], key_probe)
         if known.scores.energy is not None:
             return x, log_g - known.scores.energy + known.tau, known
         # No energies: the factors are noise by now, and as good as Gaussian with their moments.
-        for factor in self.factors:
-            log_g = log_g + factor.exponent * factor.moments.log_prob(x, factor.sigma(start))
+        log_g = log_g + sum_over(
+            self.stacks,
+            lambda factor: factor.exponent * factor.moments.log_prob(x, factor.sigma(start)),
+        )
         return x, log_g + known.tau, known
 
     def _step(
@@ -227,22 +246,21 @@ class Composed(eqx.Module):
 
     def _sum(self, x: Event, r: Scalar) -> tuple[Event, Scalar]:
         """`S` and `sum_i beta_i |s_i|^2`."""
-        scores = [factor.score(x, r) for factor in self.factors]
-        total, squares = jnp.zeros_like(x), jnp.zeros((), x.dtype)
-        for factor, score in zip(self.factors, scores, strict=True):
-            total = total + factor.exponent * score
-            squares = squares + factor.exponent * jnp.sum(score**2)
-        return total, squares
+
+        def term(factor: Factor) -> tuple[Event, Scalar]:
+            score = factor.score(x, r)
+            return factor.exponent * score, factor.exponent * jnp.sum(score**2)
+
+        return sum_over(self.stacks, term)
 
     def _sum_with_energy(self, x: Event, r: Scalar) -> tuple[Event, tuple[Scalar, Scalar]]:
         """`S`, and beside it `sum_i beta_i |s_i|^2` and `sum_i beta_i E_i`."""
-        S, squares, total = jnp.zeros_like(x), jnp.zeros((), x.dtype), jnp.zeros((), x.dtype)
-        for factor in self.factors:
-            energy, gradient = factor.energy_and_gradient(x, r)
-            S = S - factor.exponent * gradient
-            squares = squares + factor.exponent * jnp.sum(gradient**2)
-            total = total + factor.exponent * energy
-        return S, (squares, total)
+
+        def term(factor: Factor) -> tuple[Event, tuple[Scalar, Scalar]]:
+            (energy, gradient), beta = factor.energy_and_gradient(x, r), factor.exponent
+            return -beta * gradient, (beta * jnp.sum(gradient**2), beta * energy)
+
+        return sum_over(self.stacks, term)
 
     def _scores(self, x: Event, r: Scalar, key: Key) -> Scores:
         nothing = jnp.zeros((0, *x.shape), x.dtype), jnp.zeros(0, x.dtype)
@@ -265,6 +283,12 @@ class Composed(eqx.Module):
         bases = jnp.stack([S, (mean - x) / variance])
         divergences = jnp.stack([divergence, -x.size / variance])
         return Scores(S, squares, bases, divergences, energy, slope)
+
+
+def sum_over(stacks: tuple[Stack[Factor], ...], term: Callable[[Factor], Any]) -> Any:
+    """The sum over all factors of `term(factor)`, a pytree of arrays."""
+    sums = [jax.tree.map(lambda leaf: jnp.sum(leaf, 0), stack.map(term)) for stack in stacks]
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *sums)
 
 
 __all__ = ["Composed", "Factor", "Known", "Twist"]
