@@ -13,7 +13,7 @@ Six nouns, one verb each:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreprior import denoise, feynman_kac, guide, ito, nn, sample, train, vi
+from scoreprior import denoise, feynman_kac, guide, ito, nn, sample, sbi, train, vi
 from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.composition import Composition, compose
 from scoreprior.density import (
@@ -132,6 +132,7 @@ __all__ = [
     "plot_posterior_images",
     "sample",
     "save",
+    "sbi",
     "train",
     "vi",
 ]

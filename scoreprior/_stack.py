@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 
@@ -66,7 +67,7 @@ class Stack[Item](eqx.Module):
 
         return jax.vmap(one)(self._stacked(), *args)
 
-    def take(self, indices: Array) -> "Stack[Item]":
+    def take(self, indices: Array | np.ndarray) -> "Stack[Item]":
         """The items at `indices` [m], a stack of `m`."""
         leaves = [
             leaf if shared else leaf[indices]

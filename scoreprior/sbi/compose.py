@@ -106,7 +106,7 @@ class Product(Composition):
 
 def compose(
     posteriors: Sequence[ScorePrior],
-    prior: ScorePrior | AbstractExact,
+    prior: ScorePrior | AbstractExact | None,
     *,
     new_prior: ScorePrior | AbstractExact | None = None,
     bridge: bool = True,
@@ -120,7 +120,7 @@ def compose(
     its observation.
 
     **Arguments:** `posteriors`, `p(z | x_i)`, at least one; `prior`, that of training, a
-    `ScorePrior` or an exact denoiser; `new_prior`, one that takes its place:
+    `ScorePrior` or an exact denoiser, as `Parameters.law` is where it is known; `new_prior`, one that takes its place:
     `p_new(z) p(z)^(-n) prod_i p(z | x_i)`; `bridge`, whether to go by Gaussians with the moments of
     the flows, or by the plain path, which is free of them and needs many more steps.
 

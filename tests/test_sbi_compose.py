@@ -1,0 +1,286 @@
+"""Posteriors of many observations, composed; Gaussians and mixtures are known in closed form."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+from scoreprior import feynman_kac as fk
+from scoreprior import sbi
+from scoreprior._stack import Stack
+from scoreprior.denoise import Conditioned, Gaussian, GaussianMixture
+from scoreprior.flow import Flow
+from scoreprior.gaussian import Moments
+from scoreprior.infer import infer
+from scoreprior.prior import ScorePrior
+from scoreprior.sample import Ancestral, LogGrid, sample
+from scoreprior.smc import FeynmanKac
+from stats import assert_cov, assert_mean
+
+KEY = jax.random.key(11)
+SIGMA_MIN, SIGMA_MAX = 3e-3, 30.0
+PRIOR = Gaussian(Moments.dense(jnp.zeros(2), jnp.eye(2)))
+NOISE = jnp.asarray([[0.5, 0.2], [0.2, 1.5]])
+X = jax.random.normal(jax.random.fold_in(KEY, 1), (6, 2)) + jnp.asarray([[0.5, -1.0]])
+
+
+def score_prior(law):
+    return ScorePrior(Flow(law, law.moments(), sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX))
+
+
+def gaussian_posterior(x):
+    """Of `x = z + N(0, NOISE)`."""
+    return score_prior(PRIOR.posterior(jnp.eye(2), x, NOISE))
+
+
+def mixed_posterior(x):
+    """Of `x = z + N(0, c I)`, `c` one of 2.25 and 1/9."""
+    c, x = np.asarray([2.25, 1 / 9])[:, None] * np.ones(2), np.asarray(x)
+    weights = jax.nn.softmax(jnp.asarray(-np.sum(x**2 / (1 + c) + np.log1p(c), 1) / 2))
+    return score_prior(
+        GaussianMixture.diagonal(weights, jnp.asarray(x / (1 + c)), jnp.asarray(c / (1 + c)))
+    )
+
+
+def tall_gaussian(x):
+    """Mean and covariance given all `x`, and `log p(x_1..n) - sum_i log p(x_i)`."""
+    n = len(x)
+    precision = np.eye(2) + n * np.linalg.inv(NOISE)
+    mean = np.linalg.solve(precision, np.linalg.inv(NOISE) @ np.asarray(x).sum(0))
+    joint = np.kron(np.ones((n, n)), np.eye(2)) + np.kron(np.eye(n), np.asarray(NOISE))
+    flat = jnp.asarray(x).ravel()
+    log_joint = dist.MultivariateNormal(jnp.zeros(2 * n), jnp.asarray(joint)).log_prob(flat)
+    single = jax.vmap(dist.MultivariateNormal(jnp.zeros(2), jnp.eye(2) + NOISE).log_prob)(x)
+    return mean, np.linalg.inv(precision), float(log_joint - single.sum())
+
+
+def tall_mixture(x):
+    """The mixture of `2^n` Gaussians given all `x`, and the evidence ratio."""
+    logs, means, variances = [], [], []
+    for c in itertools.product([2.25, 1 / 9], repeat=len(x)):
+        c = np.asarray(c)[:, None]
+        precision = 1 + (1 / c).sum(0) * np.ones(2)
+        pull = (np.asarray(x) / c).sum(0)
+        log = -np.sum(np.asarray(x) ** 2 / c + np.log(2 * np.pi * c)) / 2 + len(x) * np.log(0.5)
+        logs.append(log + np.sum(pull**2 / precision - np.log(precision)) / 2)
+        means.append(pull / precision), variances.append(1 / precision)
+    log_z = np.logaddexp.reduce(logs)
+    for one in np.asarray(x):
+        terms = [
+            np.sum(-(one**2) / (1 + c) - np.log(2 * np.pi * (1 + c))) / 2 for c in (2.25, 1 / 9)
+        ]
+        log_z -= np.logaddexp(*terms) + np.log(0.5)
+    weights = jnp.exp(jnp.asarray(logs) - np.logaddexp.reduce(logs))
+    return GaussianMixture.diagonal(weights, jnp.asarray(means), jnp.asarray(variances)), log_z
+
+
+def cloud(product, num_steps, size=1000, **settings):
+    """Draws of equal weight, the evidence, and the least ESS."""
+    model = product.composed(num_steps, **settings).model()
+    state, info = jax.jit(lambda key: fk.run(model, fk.Resampling(), size, key))(KEY)
+    rows = fk.systematic(KEY, jax.nn.softmax(state.log_weights), size)
+    return state.particles[rows], float(state.log_evidence), float(info.ess.min())
+
+
+def test_a_stack_shares_what_is_one_object_and_maps_as_a_loop_does():
+    net, items = jnp.arange(3.0), [jnp.asarray([1.0, 2.0]), jnp.asarray([3.0, 5.0])]
+    stack = Stack.of([(net, item) for item in items])
+    assert [leaf.shape for leaf in stack.leaves] == [(3,), (2, 2)]
+    found = stack.map(lambda pair, b: b * jnp.sum(pair[0]) * pair[1], jnp.asarray([1.0, 10.0]))
+    np.testing.assert_allclose(found, [[3, 6], [90, 150]])
+    turned = stack.rearrange(lambda pair, b: {"b": b, "net": pair[0], "x": pair[1]}, jnp.ones(2))
+    assert jax.tree.map(jnp.shape, turned[1]) == {"b": (), "net": (3,), "x": (2,)}
+    np.testing.assert_allclose(stack.take(jnp.asarray([1, 1]))[0][1], items[1])
+    groups = Stack.group([items[0], net, items[1]])
+    assert [places for places, _ in groups] == [(0, 2), (1,)]
+
+
+def test_a_gaussian_product_is_exact_in_few_steps_by_the_bridge():
+    mean, covariance, log_z = tall_gaussian(X)
+    product = sbi.compose([gaussian_posterior(x) for x in X], PRIOR)
+    draws, found, ess = cloud(product, 60, 20_000)
+    assert_mean(draws, mean)
+    assert_cov(draws, covariance, bias=0.1)
+    assert abs(found - log_z) < 2e-3
+    assert ess > 19_990
+
+
+def test_two_hundred_observations_take_no_more_steps():
+    root = np.linalg.cholesky(np.asarray(NOISE))
+    x = np.asarray(jax.random.normal(jax.random.fold_in(KEY, 2), (200, 2))) @ root.T
+    precision = np.eye(2) + 200 * np.linalg.inv(NOISE)
+    mean = np.linalg.solve(precision, np.linalg.inv(NOISE) @ x.sum(0))
+    product = sbi.compose([gaussian_posterior(one) for one in jnp.asarray(x)], PRIOR)
+    draws, _, ess = cloud(product, 60, 2000)
+    assert_mean(draws, mean, bias=0.2)
+    assert_cov(draws, np.linalg.inv(precision), bias=0.3)
+    assert ess > 1900
+
+
+@pytest.mark.parametrize("bridge", [True, False])
+def test_the_mixture_given_all_and_its_evidence_are_exact(bridge):
+    x = X[:4]
+    truth, log_z = tall_mixture(x)
+    product = sbi.compose([mixed_posterior(one) for one in x], PRIOR, bridge=bridge)
+    draws, found, ess = cloud(product, 300, 4000)
+    moments = truth.moments()
+    assert_mean(draws, moments.mean, ess=ess / 2, bias=0.2)
+    assert_cov(draws, moments.covariance(), ess=ess / 2, bias=0.4)
+    assert abs(found - log_z) < 0.08
+
+
+def test_sums_of_scores_fail_where_the_cloud_is_right():
+    x = X[:4]
+    truth, _ = tall_mixture(x)
+    product = sbi.compose([mixed_posterior(one) for one in x], PRIOR)
+    variance = np.trace(truth.moments().covariance())
+    for score in (sbi.Sum(product), sbi.GAUSS(product)):
+        draws = draw(score, 2000)
+        found = np.trace(np.cov(np.asarray(draws).T))
+        # Of normal draws; the tails here are lighter.
+        assert abs(found - variance) > 5 * variance * np.sqrt(2 / 2000)
+
+
+def draw(score, size, num_steps=400):
+    start = Moments.dense(jnp.zeros(2), jnp.zeros((2, 2)))
+    sigmas = LogGrid(SIGMA_MIN, SIGMA_MAX)(num_steps)
+    return sample(score, start, size, key=KEY, sigmas=sigmas, sampler=Ancestral())
+
+
+@pytest.mark.parametrize("kind", [sbi.GAUSS, sbi.JAC])
+def test_precision_weighted_scores_are_those_of_the_diffused_gaussian(kind):
+    mean, covariance, _ = tall_gaussian(X)
+    score = kind(sbi.compose([gaussian_posterior(x) for x in X], PRIOR))
+    truth = Gaussian(Moments.dense(jnp.asarray(mean), jnp.asarray(covariance)))
+    z = jnp.asarray([0.4, -0.3])
+    for sigma in (0.05, 0.7, 8.0):
+        sigma = jnp.asarray(sigma)
+        np.testing.assert_allclose(
+            score.composite(z, sigma), truth.score(z, sigma), rtol=2e-3, atol=1e-4
+        )
+        plain = sbi.Sum(sbi.compose([gaussian_posterior(x) for x in X], PRIOR))
+        assert np.abs(plain.composite(z, sigma) - truth.score(z, sigma)).max() > 1e-2
+
+
+def test_annealed_langevin_finds_the_gaussian():
+    mean, covariance, _ = tall_gaussian(X[:3])
+    score = sbi.FNPSE(sbi.compose([gaussian_posterior(x) for x in X[:3]], PRIOR))
+    draws = sbi.annealed_langevin(
+        score, 2000, key=KEY, sigma_max=SIGMA_MAX, sigma_min=0.01, num_levels=300
+    )
+    scale = np.sqrt(covariance.diagonal())
+    # Unadjusted, with few steps per level: near, and no more is claimed.
+    assert np.abs((draws.mean(0) - mean) / scale).max() < 0.25
+    assert np.abs(draws.std(0) / scale - 1).max() < 0.25
+
+
+def test_damping_ends_at_the_sum_and_mini_batches_are_unbiased():
+    product = sbi.compose([gaussian_posterior(x) for x in X], PRIOR)
+    z = jnp.asarray([0.3, 0.2])
+    low = jnp.asarray(1e-2)
+    full = sbi.Damped(product, last=0.01)
+    np.testing.assert_allclose(
+        full.composite(z, low), sbi.Sum(product).composite(z, low), rtol=0.03
+    )
+    levels = jnp.linspace(0.29, 0.31, 20_000)
+    batched = sbi.Damped(product, last=0.01, batch_size=2)
+    found = jax.vmap(lambda s: batched.composite(z, s))(levels)
+    exact = jax.vmap(lambda s: full.composite(z, s))(levels)
+    assert_mean(found - exact, np.zeros(2))
+    assert float(jnp.std(found[:, 0] - exact[:, 0])) > 0.1
+
+
+def test_another_prior_takes_the_place_of_that_of_training():
+    new = Gaussian(Moments.dense(jnp.asarray([2.0, 0.0]), 0.25 * jnp.eye(2)))
+    product = sbi.compose([gaussian_posterior(x) for x in X], PRIOR, new_prior=new)
+    precision = 4 * np.eye(2) + len(X) * np.linalg.inv(NOISE)
+    pull = 4 * np.asarray([2.0, 0.0]) + np.linalg.inv(NOISE) @ np.asarray(X).sum(0)
+    draws, _, _ = cloud(product, 60, 20_000)
+    assert_mean(draws, np.linalg.solve(precision, pull))
+    assert_cov(draws, np.linalg.inv(precision), bias=0.1)
+
+
+def test_posteriors_wider_than_the_prior_are_repaired_and_said_so():
+    wide = Moments.dense(jnp.zeros(2), jnp.diag(jnp.asarray([0.5, 1.2])))
+    odd = ScorePrior(
+        Flow(gaussian_posterior(X[0]).flow.denoiser, wide, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
+    )
+    product = sbi.compose([odd, gaussian_posterior(X[1])], PRIOR)
+    assert product.num_repaired == 1
+    assert "1 posteriors repaired" in repr(product)
+    mean, covariance, log_z = tall_gaussian(X[:2])
+    draws, found, ess = cloud(product, 300, 4000)
+    assert_mean(draws, mean, ess=ess, bias=0.2)
+    assert_cov(draws, covariance, ess=ess, bias=0.3)
+    assert abs(found - log_z) < 0.1
+
+
+def test_a_product_is_a_prior_site_with_a_likelihood_of_its_own():
+    product = sbi.compose([gaussian_posterior(x) for x in X[:2]], PRIOR)
+
+    def model(y):
+        z = numpyro.sample("z", product)
+        numpyro.sample("y", dist.Normal(z[0], 0.5), obs=y)
+
+    engine = FeynmanKac(None, num_particles=1000, num_groups=4, num_steps=60)
+    tree = infer(model, engine, jnp.asarray(1.0), key=KEY, progress=False)
+    mean, covariance, log_z = tall_gaussian(X[:2])
+    gain = covariance[:, 0] / (covariance[0, 0] + 0.25)
+    draws = np.asarray(tree.posterior["z"]).reshape(-1, 2)
+    assert_mean(draws, mean + gain * (1 - mean[0]), ess=2000, bias=0.2)
+    assert_cov(draws, covariance - np.outer(gain, covariance[0]), ess=2000, bias=0.3)
+    log_y = dist.Normal(mean[0], np.sqrt(covariance[0, 0] + 0.25)).log_prob(1.0)
+    assert abs(float(tree.sample_stats["log_evidence"]) - log_z - log_y) < 0.1
+
+
+def normal(mean, variance, z):
+    law = dist.MultivariateNormal(mean, variance * jnp.eye(2))
+    return np.asarray(jax.vmap(law.log_prob)(z))
+
+
+def test_log_prob_of_observations_of_one_network_is_their_weighted_sum():
+    class Amortised(Gaussian):
+        """The posterior mean for `x = z + N(0, I)`, the observation being the context."""
+
+        def __call__(self, x, sigma, context=None):
+            return (x / sigma**2 + context) / (1 / sigma**2 + 2)
+
+    net = Amortised(Moments.dense(jnp.zeros(2), 0.5 * jnp.eye(2)))
+    flows = [
+        Flow(
+            Conditioned(net, x),
+            Moments.dense(x / 2, 0.5 * jnp.eye(2)),
+            sigma_min=SIGMA_MIN,
+            sigma_max=SIGMA_MAX,
+        )
+        for x in X
+    ]
+    product = sbi.compose([ScorePrior(flow) for flow in flows], PRIOR)
+    assert len(product.stacks) == 2
+    z = jnp.asarray([[0.1, 0.4], [-0.3, 0.2]])
+    truth = sum(np.asarray(normal(x / 2, 0.5, z)) for x in X)
+    truth = truth - 5 * normal(jnp.zeros(2), 1.0, z)
+    np.testing.assert_allclose(product.log_prob(z), truth, atol=5e-3)
+    gradient = jax.grad(lambda z: product.log_prob(z).sum())(z)
+    np.testing.assert_allclose(gradient, np.asarray(X.sum(0)) - 7 * np.asarray(z), atol=0.02)
+
+
+def test_errors_say_what_is_wrong():
+    one = gaussian_posterior(X[0])
+    with pytest.raises(ValueError, match="posteriors must hold at least one"):
+        sbi.compose([], PRIOR)
+    with pytest.raises(ValueError, match="train with drop > 0"):
+        sbi.compose([one, one], None)
+    with pytest.raises(TypeError, match=r"posteriors\[1\] must be a ScorePrior, got int"):
+        sbi.compose([one, 3], PRIOR)
+    with pytest.raises(ValueError, match="must share an event shape"):
+        sbi.compose([one, one], Gaussian(Moments.dense(jnp.zeros(3), jnp.eye(3))))
+    product = sbi.compose([one, one], PRIOR)
+    with pytest.raises(ValueError, match="batch_size must be at most the 2 observations, got 3"):
+        sbi.Damped(product, batch_size=3)
+    with pytest.raises(ValueError, match=r"last must lie in \(0, 1\], got 0"):
+        sbi.Damped(product, last=0)
