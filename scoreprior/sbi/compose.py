@@ -120,9 +120,10 @@ def compose(
     its observation.
 
     **Arguments:** `posteriors`, `p(z | x_i)`, at least one; `prior`, that of training, a
-    `ScorePrior` or an exact denoiser, as `Parameters.law` is where it is known; `new_prior`, one that takes its place:
-    `p_new(z) p(z)^(-n) prod_i p(z | x_i)`; `bridge`, whether to go by Gaussians with the moments of
-    the flows, or by the plain path, which is free of them and needs many more steps.
+    `ScorePrior` or an exact denoiser, as `Parameters.law` is where it is known; `new_prior`, one
+    that takes its place: `p_new(z) p(z)^(-n) prod_i p(z | x_i)`; `bridge`, whether to go by
+    Gaussians with the moments of the flows, or by the plain path, which is free of them and needs
+    many more steps.
 
     Flows get the noise levels and the solver of all together, so that they are solved side by side.
     Raises `ValueError` for no posterior, and for shapes or noise levels that disagree.
