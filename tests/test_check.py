@@ -208,6 +208,15 @@ def test_tarp_about_a_point_far_away_is_sbc():
     )
 
 
+def test_tarp_is_blind_to_units():
+    truth, draws, _ = pairs(num=200)
+    here, there = (
+        check.tarp(truth * unit, draws * unit, key=jax.random.key(0))
+        for unit in (np.ones(2), np.array([1e3, 1e-3]))
+    )
+    np.testing.assert_array_equal(here["tarp"]["credibility"], there["tarp"]["credibility"])
+
+
 def test_the_prior_passes_until_references_know_the_data():
     rng = np.random.default_rng(3)
     truth, data = simulate(NUM, rng)
@@ -256,12 +265,12 @@ def test_c2st_is_that_of_the_benchmark():
     from sklearn.neural_network import MLPClassifier
 
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(150, 2)) * [1, 100], rng.normal(1.0, 2.0, size=(150, 2)) * [1, 100]
+    a, b = rng.normal(size=(80, 2)) * [1, 100], rng.normal(1.0, 2.0, size=(80, 2)) * [1, 100]
     both = np.concatenate([a, b])
     both = ((both - a.mean(0)) / a.std(0, ddof=1)).astype(np.float32)
     network = MLPClassifier((20, 20), max_iter=10_000, random_state=3)
     folds = KFold(5, shuffle=True, random_state=3)
-    scores = cross_val_score(network, both, np.arange(300) >= 150, cv=folds)
+    scores = cross_val_score(network, both, np.arange(160) >= 80, cv=folds)
     tree = check.c2st(a, b, seed=3)
     np.testing.assert_array_equal(tree["c2st"]["accuracy"], scores)
     assert tree.attrs["accuracy"] == scores.mean()
@@ -342,11 +351,14 @@ def test_local_c2st_p_values_are_exact():
 
 def test_local_c2st_by_its_own_network():
     rng = np.random.default_rng(6)
-    tree = _local(rng, np.ones_like, 400, num_null=19)
+    tree = _local(rng, np.ones_like, 300, num_null=19)
     assert tree["local_c2st"]["p_value"][1] == 0.05
     # Draws too high: the classifier knows those on the right side as draws.
     assert tree["local_c2st"]["probability"][1].mean() > 0.55
     assert tree.attrs["num_unconverged"] == 0
+    # At a draw that the classifier is sure of it is 1/4, at one it is in doubt of zero.
+    spread = np.abs(tree["local_c2st"]["probability"].values - 0.5)
+    np.testing.assert_allclose(tree["local_c2st"]["statistic"], (spread**2).mean(-1))
 
 
 def test_classifiers_without_scikit_learn(monkeypatch):
@@ -472,6 +484,9 @@ def test_evidence_ratio_accuses_observations_that_share_no_parameter():
     found = check.evidence_ratio(_ratio(other, 0.5), null)
     assert found.attrs["p_value"] <= 1e-3
     assert found["statistics"]["p_high"] == 1
+    # The p-value counts the data as one of their simulations: never zero.
+    assert check.evidence_ratio(-1e9, null).attrs["p_value"] == 1 / num
+    assert check.evidence_ratio(1e9, null)["statistics"]["p_high"] == 1 / num
     copies = check.evidence_ratio(_ratio(np.full(size, 2.5), 0.5), null)
     assert copies["statistics"]["p_high"] < 0.05
 

@@ -19,6 +19,17 @@ else:
     Axes = Dataset = DataTree = Figure = Any
 
 STYLE = "arviz-variat"
+SIZES = {
+    "axes.titlesize": 9,
+    "axes.titleweight": "normal",
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.5,
+}
+"""Points, of text in panels this small."""
+
 NUM_COLUMNS = 4
 WIDTH, HEIGHT = 3.0, 2.5
 """Inches of a panel."""
@@ -61,21 +72,24 @@ def plot_predictive(tree: DataTree) -> Figure:
             f"{sorted(tree.children)}"
         )
     rows = [
-        (str(name), tree[group].to_dataset().sel(statistic=name), group == "distances")
+        (str(name), values.sel(statistic=name), group == "distances")
         for group in groups
-        for name in tree[group]["statistic"].values
+        for values in [tree[group].to_dataset()]
+        for name in values["statistic"].values
     ]
     with _page(len(rows)) as (figure, axes):
+        blue, red = _colours()
         for ax, (name, row, distance) in zip(axes, rows, strict=True):
             observed, simulated = float(row["observed"]), row["simulated"].values
             ax.hist(
-                simulated, _bins(simulated), color="C0", alpha=0.5, density=True, label="simulated"
+                simulated, _bins(simulated), color=blue, alpha=0.5, density=True, label="simulated"
             )
-            ax.axvline(observed, color="C1", linewidth=2, label="observed")
+            ax.axvline(observed, color=red, linewidth=2, label="observed")
             ax.set_title(_title(name, float(row["p_value"])))
             ax.set_xlabel("distance" if distance else "statistic")
             ax.set_yticks([])
-        axes[0].legend()
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -89,13 +103,15 @@ def _curves(curve: Dataset, variable: str, xlabel: str, ylabel: str, *, relative
     lower, upper = ends(curve["lower"].values), ends(curve["upper"].values)
     names = curve["parameter"].values
     with _page(len(names)) as (figure, axes):
+        blue, _ = _colours()
         for ax, name in zip(axes, names, strict=True):
             row = curve.sel(parameter=name)
             ax.fill_between(level, lower, upper, color="0.5", alpha=0.25, linewidth=0)
             ax.plot(level, ends(level[1:-1]), color="0.5", linestyle="--", linewidth=1)
-            ax.plot(level, ends(row[variable].values), color="C0")
+            ax.plot(level, ends(row[variable].values), color=blue)
             ax.set_title(_title(str(name), float(row["p_value"])))
             ax.set_xlabel(xlabel)
+            ax.set_xticks([0, 0.5, 1])
         for ax in axes[:: min(NUM_COLUMNS, len(names))]:
             ax.set_ylabel(ylabel)
     return figure
@@ -110,9 +126,16 @@ def _page(num: int) -> Iterator[tuple[Figure, list[Axes]]]:
 
     columns = min(NUM_COLUMNS, num)
     rows = math.ceil(num / columns)
-    with matplotlib.style.context(STYLE):
+    with matplotlib.style.context([STYLE, SIZES]):
         figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
         yield figure, [figure.add_subplot(rows, columns, i + 1) for i in range(num)]
+
+
+def _colours() -> tuple[str, str]:
+    """The first two of the style; `C0` would be looked up when the page is drawn, without it."""
+    from matplotlib.colors import to_hex
+
+    return to_hex("C0"), to_hex("C1")
 
 
 def _bins(values: np.ndarray) -> int:

@@ -161,9 +161,8 @@ def posterior_predictive(
         groups["distances"] = _distances(found, distances)
     if not groups:
         raise ValueError("statistics and distances must not both be empty")
-    return _tree(
-        "posterior_predictive", "two-sided, and of distances", groups, len(found.simulated)
-    )
+    about = "each statistic, two-sided, and each distance, one-sided"
+    return _tree("posterior_predictive", about, groups, len(found.simulated))
 
 
 def misspecification(
