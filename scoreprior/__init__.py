@@ -13,7 +13,7 @@ Six nouns, one verb each:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreprior import denoise, feynman_kac, guide, ito, nn, sample, sbi, train, vi
+from scoreprior import check, denoise, feynman_kac, guide, ito, nn, sample, sbi, train, vi
 from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.composition import Composition, compose
 from scoreprior.density import (
@@ -117,6 +117,7 @@ __all__ = [
     "Slice",
     "SplitGibbs",
     "TemperedSMC",
+    "check",
     "compare",
     "compose",
     "denoise",
