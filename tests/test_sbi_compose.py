@@ -18,6 +18,7 @@ from scoreprior.gaussian import Moments
 from scoreprior.infer import infer
 from scoreprior.prior import ScorePrior
 from scoreprior.sample import Ancestral, LogGrid, sample
+from scoreprior.sbi import bridge
 from scoreprior.smc import FeynmanKac
 from stats import assert_cov, assert_mean
 
@@ -121,12 +122,12 @@ def test_two_hundred_observations_take_no_more_steps():
     assert ess > 1900
 
 
-@pytest.mark.parametrize("bridge", [True, False])
-def test_the_mixture_given_all_and_its_evidence_are_exact(bridge):
+@pytest.mark.parametrize("has_bridge", [True, False])
+def test_the_mixture_given_all_and_its_evidence_are_exact(has_bridge):
     x = X[:4]
     truth, log_z = tall_mixture(x)
-    product = sbi.compose([mixed_posterior(one) for one in x], PRIOR, bridge=bridge)
-    draws, found, ess = cloud(product, 300, 4000)
+    product = sbi.compose([mixed_posterior(one) for one in x], PRIOR, bridge=has_bridge)
+    draws, found, ess = cloud(product, 300, 6000)
     moments = truth.moments()
     assert_mean(draws, moments.mean, ess=ess / 2, bias=0.2)
     assert_cov(draws, moments.covariance(), ess=ess / 2, bias=0.4)
@@ -192,6 +193,47 @@ def test_damping_ends_at_the_sum_and_mini_batches_are_unbiased():
     exact = jax.vmap(lambda s: full.composite(z, s))(levels)
     assert_mean(found - exact, np.zeros(2))
     assert float(jnp.std(found[:, 0] - exact[:, 0])) > 0.1
+
+
+def test_mini_batches_of_the_cloud_are_unbiased():
+    """Score and rate at one level, averaged over batches, are those of all observations."""
+    product = sbi.compose([mixed_posterior(x) for x in X], PRIOR)
+    batched = sbi.compose([mixed_posterior(x) for x in X], PRIOR, batch_size=3)
+    full, some = (p.composed(50, control=fk.NoControl()) for p in (product, batched))
+    z, levels = jnp.asarray([0.4, -0.2]), jnp.linspace(0.499, 0.501, 20_000)
+
+    def known(chain):
+        scores = jax.vmap(lambda r: chain._scores(z, r, KEY))(levels)
+        return np.concatenate([scores.S, jax.vmap(lambda s: s.rate)(scores)[:, None]], 1)
+
+    exact, found = known(full), known(some)
+    spread = found.std(0)
+    assert (spread > 0.05).all()
+    assert_mean((found - exact) / spread, np.zeros(3))
+
+
+def test_mini_batches_give_the_law_of_all_observations():
+    x = X[:4]
+    truth, log_z = tall_mixture(x)
+    product = sbi.compose([mixed_posterior(one) for one in x], PRIOR, batch_size=3)
+    draws, found, ess = cloud(product, 1000, 4000)
+    assert_mean(draws, truth.moments().mean, ess=ess / 2, bias=0.3)
+    assert_cov(draws, truth.moments().covariance(), ess=ess / 2, bias=0.5)
+    assert abs(found - log_z) < 0.2
+
+
+def test_tails_wider_than_their_gaussian_widen_the_bridge():
+    """Of half `N(0, 1)` and half `N(0, 1/100)`: the Gaussian of variance 1/2 is too narrow."""
+    wide = GaussianMixture.diagonal(
+        jnp.asarray([0.5, 0.5]), jnp.zeros((2, 2)), jnp.asarray([[0.9, 0.9], [0.01, 0.01]])
+    )
+    product = sbi.compose([score_prior(wide)] * 20, PRIOR)
+    assert 0 < product.share < 1
+    assert f"bridge of share {product.share:g}" in repr(product)
+    found = bridge.make_bridge(product.priors, product.exponents.tolist(), 1.0)
+    assert bridge.pull(product.factors(), found.stack) < 0
+    kept = bridge.make_bridge(product.priors, product.exponents.tolist(), product.share)
+    assert bridge.pull(product.factors(), kept.stack) >= bridge.LEAST_PULL
 
 
 def test_another_prior_takes_the_place_of_that_of_training():
@@ -275,8 +317,12 @@ def test_errors_say_what_is_wrong():
         sbi.compose([], PRIOR)
     with pytest.raises(ValueError, match="train with drop > 0"):
         sbi.compose([one, one], None)
-    with pytest.raises(TypeError, match=r"posteriors\[1\] must be a ScorePrior, got int"):
-        sbi.compose([one, 3], PRIOR)
+    with pytest.raises(ValueError, match="batch_size must be from 2 to the number of obs"):
+        sbi.compose([one, one], PRIOR, batch_size=1)
+    with pytest.raises(ValueError, match="bridge must be True with a batch_size, got False"):
+        sbi.compose([one, one], PRIOR, batch_size=2, bridge=False)
+    with pytest.raises(ValueError, match="control must be None or NoControl"):
+        sbi.compose([one, one], PRIOR, batch_size=2).composed(50, control=fk.VarianceControl())
     with pytest.raises(ValueError, match="must share an event shape"):
         sbi.compose([one, one], Gaussian(Moments.dense(jnp.zeros(3), jnp.eye(3))))
     product = sbi.compose([one, one], PRIOR)

@@ -14,6 +14,7 @@ from scoreprior.feynman_kac.engine import (
     step,
 )
 from scoreprior.feynman_kac.levels import Levels
+from scoreprior.feynman_kac.minibatch import MiniBatched
 from scoreprior.feynman_kac.noise import AbstractNoise, TargetScore, TemperedNoise
 from scoreprior.feynman_kac.rejuvenate import AbstractRejuvenation, Renoise, ScoreLine
 from scoreprior.feynman_kac.resample import systematic
@@ -33,6 +34,7 @@ __all__ = [
     "FeynmanKacModel",
     "KernelRatio",
     "Levels",
+    "MiniBatched",
     "NoControl",
     "Renoise",
     "Resampling",

@@ -9,49 +9,28 @@ That sums of scores do so only where every posterior is Gaussian, if at all, is 
 (`sbi.scores`) are off even with exact scores (Linhart et al. 2024, "Diffusion posterior sampling
 for simulation-based inference in tall data settings", lemma 3.1).
 
-A **bridge** makes the way down the noise levels easy. With Gaussians `G_j` about the factors, and
-`G = prod_j G_j^w_j / Z_G` their product, which is a Gaussian, the path
-
-    p_r(z) = G_r(z) prod_j (q_{j,r}(z) / G_{j,r}(z))^w_j,
-
-every law with noise of level `r` added, ends at the same product at `r = 0`. Where the factors are
-Gaussian it is the posterior itself that diffuses: weights are even, and as few steps will do for
-ten thousand observations as for one. The plain path, without `G`, narrows to the posterior of all
-observations while each of them still is noise, and takes steps in proportion to `n`.
+On the way from noise to data the cloud goes by a `bridge` of Gaussians.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from scoreprior._stack import Stack
-from scoreprior._typing import Scalar
-from scoreprior._util import is_traced
 from scoreprior.composition import Composition
-from scoreprior.denoise import Gaussian
 from scoreprior.denoise.exact import AbstractExact
-from scoreprior.feynman_kac import Composed, Factor
+from scoreprior.feynman_kac import (
+    AbstractControl,
+    AbstractWeight,
+    Composed,
+    Factor,
+    MiniBatched,
+    NoControl,
+)
 from scoreprior.flow import Flow, LogRatioTime, Multistep
-from scoreprior.gaussian import Moments
 from scoreprior.prior import ScorePrior
-
-LEAST_GAIN = 1e-3
-"""An observation adds at least this share of the prior's precision in every direction, in a bridge.
-
-The prior itself is left as it is: so the precision of all is never below the prior's.
-"""
-
-
-class Bridge(NamedTuple):
-    """Gaussians about the factors of a product."""
-
-    stack: Stack[Factor]  # G_j to the powers -w_j, and G
-    log_scale: Scalar  # log Z_G
-    num_repaired: int  # posteriors that were wider than the prior in some direction
 
 
 class Product(Composition):
@@ -63,11 +42,11 @@ class Product(Composition):
     than one each: far below what simulated data give, they do not belong together.
 
     **Attributes:** `priors`, the posteriors and after them the priors; `exponents`;
-    `num_observations`; `bridge`, `None` for the plain path.
+    `num_observations`; `share` of the bridge, 0 for the plain path.
     """
 
     pytree_data_fields = ("bridge_stack", "log_scale")
-    pytree_aux_fields = ("num_observations", "num_repaired")
+    pytree_aux_fields = ("batch_size", "num_observations", "num_repaired", "share")
 
     def __init__(
         self,
@@ -76,26 +55,61 @@ class Product(Composition):
         exponents: Sequence[float],
         *,
         bridge: bool = True,
+        batch_size: int | None = None,
         validate_args: bool | None = None,
     ):
-        self.num_observations = len(posteriors)
+        self.num_observations, self.batch_size = len(posteriors), batch_size
         laws = (*posteriors, *priors)
-        self.bridge_stack, self.log_scale, self.num_repaired = None, None, 0
-        if bridge:
-            self.bridge_stack, self.log_scale, self.num_repaired = make_bridge(laws, exponents)
+        self.bridge_stack, self.log_scale, self.num_repaired, self.share = None, None, 0, 0.0
         super().__init__(laws, exponents, validate_args=validate_args)
+        found = find_bridge(laws, exponents, self.factors()) if bridge else None
+        if found is not None:
+            (self.bridge_stack, self.log_scale, self.num_repaired), self.share = found
+        elif batch_size is not None:
+            raise ValueError(
+                f"batch_size must be None where posteriors have tails too wide for a bridge, got "
+                f"{batch_size}"
+            )
 
-    def composed(self, num_steps: int, **settings: Any) -> Composed:
-        chain = super().composed(num_steps, **settings)
-        if self.bridge_stack is None:
-            return chain
-        return chain.with_factors((self.bridge_stack,), self.log_scale)
+    def composed(
+        self,
+        num_steps: int,
+        *,
+        weight: AbstractWeight | None = None,
+        control: AbstractControl | None = None,
+        **settings: Any,
+    ) -> Composed:
+        if self.batch_size is None:
+            chain = super().composed(num_steps, weight=weight, control=control, **settings)
+            if self.bridge_stack is None:
+                return chain
+            return chain.with_factors((self.bridge_stack,), self.log_scale)
+        if control is not None and control.num_bases > 0:
+            raise ValueError(
+                "control must be None or NoControl() with mini-batches, whose noise it would fit, "
+                f"got {control!r}"
+            )
+        if weight is not None and not weight.is_rate:
+            raise ValueError(
+                "weight must be Trapezoid() or Euler() with mini-batches, of which there is only a "
+                f"rate, got {type(weight).__name__}()"
+            )
+        chain = super().composed(num_steps, weight=weight, control=NoControl(), **settings)
+        chain = chain.with_factors((self.bridge_stack,), self.log_scale)
+        n = self.num_observations
+        posteriors, *priors = _split(self)
+        gaussians = self.bridge_stack.take(np.arange(n))
+        rest = (*priors, self.bridge_stack.take(np.arange(n, self.bridge_stack.size)))
+        fields = {field.name: getattr(chain, field.name) for field in dataclasses.fields(chain)}
+        return MiniBatched(
+            **fields, pairs=(posteriors, gaussians), rest=rest, num_in_batch=self.batch_size
+        )
 
     def _least_steps(self, low: float, high: float) -> int:
         return super()._least_steps(low, high) if self.bridge_stack is None else 1
 
     def __repr__(self) -> str:
-        bridge = "no bridge" if self.bridge_stack is None else "bridge"
+        bridge = "no bridge" if self.bridge_stack is None else f"bridge of share {self.share:g}"
         if self.num_repaired:
             bridge += f" with {self.num_repaired} posteriors repaired"
         return (
@@ -110,6 +124,7 @@ def compose(
     *,
     new_prior: ScorePrior | AbstractExact | None = None,
     bridge: bool = True,
+    batch_size: int | None = None,
 ) -> Product:
     """The posterior given all observations, from the posterior given each.
 
@@ -123,7 +138,8 @@ def compose(
     `ScorePrior` or an exact denoiser, as `Parameters.law` is where it is known; `new_prior`, one
     that takes its place: `p_new(z) p(z)^(-n) prod_i p(z | x_i)`; `bridge`, whether to go by
     Gaussians with the moments of the flows, or by the plain path, which is free of them and needs
-    many more steps.
+    many more steps; `batch_size`, how many observations, at least 2, a step of `FeynmanKac` looks
+    at, all of them where `None`: for thousands of observations, of one network.
 
     Flows get the noise levels and the solver of all together, so that they are solved side by side.
     Raises `ValueError` for no posterior, and for shapes or noise levels that disagree.
@@ -146,7 +162,30 @@ def compose(
         )
     laws = _alike([*posteriors, *(law for law, _ in priors)])
     exponents = [1.0] * n + [power for _, power in priors]
-    return Product(laws[:n], laws[n:], exponents, bridge=bridge)
+    if batch_size is not None:
+        _check_batches(batch_size, laws[:n], bridge)
+    return Product(laws[:n], laws[n:], exponents, bridge=bridge, batch_size=batch_size)
+
+
+def _check_batches(batch_size: int, posteriors: list[ScorePrior], bridge: bool) -> None:
+    n, kinds = len(posteriors), len(Stack.group(posteriors))
+    if not 2 <= batch_size <= n:
+        raise ValueError(
+            f"batch_size must be from 2 to the number of observations, {n}, got {batch_size}"
+        )
+    if not bridge:
+        raise ValueError("bridge must be True with a batch_size, got False")
+    if kinds > 1:
+        raise ValueError(f"posteriors must be of one network with a batch_size, got {kinds} kinds")
+
+
+def _split(product: Product) -> tuple[Stack[Factor], ...]:
+    """The factors of the posteriors, which are of one kind, and those of the priors."""
+    n, laws, exponents = product.num_observations, product.priors, product.exponents
+    parts = [Composition(laws[:n], exponents[:n])]
+    if len(laws) > n:
+        parts.append(Composition(laws[n:], exponents[n:]))
+    return tuple(stack for part in parts for stack in part.factors())
 
 
 def _as_prior(law: Any, like: ScorePrior) -> ScorePrior:
@@ -182,61 +221,4 @@ def _alike(laws: list[ScorePrior]) -> list[ScorePrior]:
     ]
 
 
-def make_bridge(laws: Sequence[ScorePrior], exponents: Sequence[float]) -> Bridge:
-    """Gaussians with the moments of the flows, repaired so that their product has a covariance.
-
-    A posterior that is wider than the prior in some direction, as sampling noise may make it, is
-    narrowed there. That changes the path, and not where it ends.
-    """
-    if any(is_traced(law.flow.moments.mean) for law in laws):
-        raise ValueError("bridge must be False where the moments of posteriors are traced by jax")
-    shape, dtype = laws[0].event_shape, laws[0].flow.moments.mean.dtype
-    sigma_min = laws[0].sigma_min
-    noise = sigma_min**2 * np.eye(laws[0].flow.moments.size)
-    weights = np.asarray(exponents, float)
-    means = np.stack([np.asarray(law.flow.moments.mean, float).ravel() for law in laws])
-    covariances = np.stack([np.asarray(law.flow.moments.covariance(), float) for law in laws])
-    precisions = np.linalg.inv(covariances + noise)
-    num_repaired = 0
-    if (weights < 0).any():
-        base = precisions[int(weights.argmin())]  # the prior of training
-        for index in np.flatnonzero(weights > 0)[: len(weights) - 1]:
-            precisions[index], changed = _narrowed(precisions[index], base)
-            num_repaired += changed
-    total = np.tensordot(weights, precisions, 1)
-    pulls = np.einsum("nij,nj->ni", precisions, means)
-    mean = np.linalg.solve(total, weights @ pulls)
-    log_scale = weights @ _log_normals(mean, means, precisions) - _log_normal(0 * mean, total)
-    means = np.concatenate([means, mean[None]])
-    precisions = np.concatenate([precisions, total[None]])
-    powers = jnp.asarray(np.append(-weights, 1.0), dtype)
-
-    def factor(mean: Array, covariance: Array, power: Array) -> Factor:
-        moments = Moments.dense(mean.reshape(shape), covariance)
-        return Factor(Gaussian(moments), moments, jnp.asarray(sigma_min, dtype), power)
-
-    clean = np.linalg.inv(precisions) - noise
-    batched = jax.vmap(factor)(jnp.asarray(means, dtype), jnp.asarray(clean, dtype), powers)
-    return Bridge(Stack.batched(batched, len(means)), jnp.asarray(log_scale, dtype), num_repaired)
-
-
-def _narrowed(precision: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, bool]:
-    """`precision`, raised to at least `(1 + LEAST_GAIN) base` in every direction."""
-    root = np.linalg.cholesky(base)
-    inverse = np.linalg.inv(root)
-    values, vectors = np.linalg.eigh(inverse @ precision @ inverse.T)
-    if values[0] >= 1 + LEAST_GAIN:
-        return precision, False
-    turned = root @ vectors
-    return (turned * np.maximum(values, 1 + LEAST_GAIN)) @ turned.T, True
-
-
-def _log_normals(x: np.ndarray, means: np.ndarray, precisions: np.ndarray) -> np.ndarray:
-    return np.asarray([_log_normal(x - m, P) for m, P in zip(means, precisions, strict=True)])
-
-
-def _log_normal(x: np.ndarray, precision: np.ndarray) -> float:
-    return float(np.linalg.slogdet(precision / (2 * np.pi))[1] - x @ precision @ x) / 2
-
-
-__all__ = ["Bridge", "Product", "compose", "make_bridge"]
+__all__ = ["Product", "compose"]

@@ -1,0 +1,159 @@
+"""Bridges: Gaussians that make the way to a product of many factors easy.
+
+With Gaussians `G_j` about the factors, and
+`G = prod_j G_j^w_j / Z_G` their product, which is a Gaussian, the path
+
+    p_r(z) = G_r(z) prod_j (q_{j,r}(z) / G_{j,r}(z))^w_j,
+
+every law with noise of level `r` added, ends at the same product at `r = 0`. Where the factors are
+Gaussian it is the posterior itself that diffuses: weights are even, and as few steps will do for
+ten thousand observations as for one. The plain path, without `G`, narrows to the posterior of all
+observations while each of them still is noise, and takes steps in proportion to `n`.
+
+A posterior with tails wider than its Gaussian's would leave a path that has no normaliser. So
+Gaussians are widened towards the prior, `G_j -> G_0 (G_j / G_0)^share`, until the path pulls
+inwards far out, at all levels; `share = 0` is the plain path.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from scoreprior._stack import Stack
+from scoreprior._typing import Scalar
+from scoreprior._util import is_traced
+from scoreprior.denoise import Gaussian
+from scoreprior.feynman_kac import Factor
+from scoreprior.feynman_kac.composed import sum_over
+from scoreprior.gaussian import Moments
+from scoreprior.prior import ScorePrior
+
+LEAST_GAIN = 1e-3
+"""An observation adds at least this share of the prior's precision in every direction, in a bridge.
+
+The prior itself is left as it is: so the precision of all is never below the prior's.
+"""
+
+SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
+"""Shares of what an observation adds to the prior's Gaussian: the first that pulls is taken."""
+
+LEAST_PULL = 0.25
+"""Towards the centre of `G`, in units of its own pull, at three and six standard deviations."""
+
+
+class Bridge(NamedTuple):
+    """Gaussians about the factors of a product."""
+
+    stack: Stack[Factor]  # G_j to the powers -w_j, and G
+    log_scale: Scalar  # log Z_G
+    num_repaired: int  # posteriors that were wider than the prior in some direction
+
+
+def find_bridge(
+    laws: Sequence[ScorePrior], exponents: Sequence[float], factors: tuple[Stack[Factor], ...]
+) -> tuple[Bridge, float] | None:
+    """The bridge of the largest share that pulls inwards, and the share; `None` where none does."""
+    # Without a prior's Gaussian there is nothing to widen towards.
+    for share in SHARES if min(exponents) < 0 else (1.0,):
+        found = make_bridge(laws, exponents, share)
+        if pull(factors, found.stack) >= LEAST_PULL:
+            return found, share
+    return None
+
+
+def make_bridge(
+    laws: Sequence[ScorePrior], exponents: Sequence[float], share: float = 1.0
+) -> Bridge:
+    """Gaussians with the moments of the flows, repaired so that their product has a covariance.
+
+    A posterior that is wider than the prior in some direction, as sampling noise may make it, is
+    narrowed there. That changes the path, and not where it ends.
+    """
+    if any(is_traced(law.flow.moments.mean) for law in laws):
+        raise ValueError("bridge must be False where the moments of posteriors are traced by jax")
+    shape, dtype = laws[0].event_shape, laws[0].flow.moments.mean.dtype
+    sigma_min = laws[0].sigma_min
+    noise = sigma_min**2 * np.eye(laws[0].flow.moments.size)
+    weights = np.asarray(exponents, float)
+    means = np.stack([np.asarray(law.flow.moments.mean, float).ravel() for law in laws])
+    covariances = np.stack([np.asarray(law.flow.moments.covariance(), float) for law in laws])
+    precisions = np.linalg.inv(covariances + noise)
+    num_repaired = 0
+    if (weights < 0).any():
+        lowest = int(weights.argmin())  # the prior of training
+        base, base_pull = precisions[lowest], precisions[lowest] @ means[lowest]
+        for index in np.flatnonzero(weights > 0):
+            narrow, changed = _narrowed(precisions[index], base)
+            num_repaired += changed
+            gain = share * (narrow @ means[index] - base_pull)
+            precisions[index] = base + share * (narrow - base)
+            means[index] = np.linalg.solve(precisions[index], base_pull + gain)
+    total = np.tensordot(weights, precisions, 1)
+    pulls = np.einsum("nij,nj->ni", precisions, means)
+    mean = np.linalg.solve(total, weights @ pulls)
+    log_scale = weights @ _log_normals(mean, means, precisions) - _log_normal(0 * mean, total)
+    means = np.concatenate([means, mean[None]])
+    precisions = np.concatenate([precisions, total[None]])
+    powers = jnp.asarray(np.append(-weights, 1.0), dtype)
+
+    def factor(mean: Array, covariance: Array, power: Array) -> Factor:
+        moments = Moments.dense(mean.reshape(shape), covariance)
+        return Factor(Gaussian(moments), moments, jnp.asarray(sigma_min, dtype), power)
+
+    clean = np.linalg.inv(precisions) - noise
+    batched = jax.vmap(factor)(jnp.asarray(means, dtype), jnp.asarray(clean, dtype), powers)
+    return Bridge(Stack.batched(batched, len(means)), jnp.asarray(log_scale, dtype), num_repaired)
+
+
+def pull(factors: tuple[Stack[Factor], ...], bridge: Stack[Factor]) -> float:
+    """The least pull of the path towards the centre of `G`, in units of the pull of `G`.
+
+    At three and six standard deviations of `G` with the noise of the level, both ways along its
+    axes, at twenty levels.
+    """
+    center = bridge[bridge.size - 1].moments
+    return float(jnp.min(_pulls((*factors, bridge), center)))
+
+
+@eqx.filter_jit
+def _pulls(stacks: tuple[Stack[Factor], ...], center: Moments) -> Array:
+    size = center.size
+    far = jnp.asarray([-6.0, -3.0, 3.0, 6.0], center.mean.dtype)
+    steps = (far[:, None, None] * jnp.eye(size, dtype=far.dtype)[None]).reshape(-1, size)
+    low, high = center.scales(0.0).min() / 3, 10 * center.scales(0.0).max()
+    levels = jnp.geomspace(low, high, 20, dtype=far.dtype)
+
+    def one(r: Scalar, step: Array) -> Scalar:
+        u = step.reshape(center.event_shape)
+        z = center.colour(u, r)
+        score = sum_over(stacks, lambda f: f.exponent * f.score(z, r))
+        return -jnp.sum(score * (z - center.mean)) / jnp.sum(u**2)
+
+    return jax.vmap(lambda r: jax.lax.map(lambda step: one(r, step), steps))(levels)
+
+
+def _narrowed(precision: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, bool]:
+    """`precision`, raised to at least `(1 + LEAST_GAIN) base` in every direction."""
+    root = np.linalg.cholesky(base)
+    inverse = np.linalg.inv(root)
+    values, vectors = np.linalg.eigh(inverse @ precision @ inverse.T)
+    if values[0] >= 1 + LEAST_GAIN:
+        return precision, False
+    turned = root @ vectors
+    return (turned * np.maximum(values, 1 + LEAST_GAIN)) @ turned.T, True
+
+
+def _log_normals(x: np.ndarray, means: np.ndarray, precisions: np.ndarray) -> np.ndarray:
+    return np.asarray([_log_normal(x - m, P) for m, P in zip(means, precisions, strict=True)])
+
+
+def _log_normal(x: np.ndarray, precision: np.ndarray) -> float:
+    return float(np.linalg.slogdet(precision / (2 * np.pi))[1] - x @ precision @ x) / 2
+
+
+__all__ = ["Bridge", "find_bridge", "make_bridge", "pull"]
