@@ -1,4 +1,4 @@
-"""Parameters of a simulator as one real vector `z`, chosen so that the prior is as simple as it can be.
+"""Parameters of a simulator as one real vector `z`, in which the prior is as simple as can be.
 
 A prior is a NumPyro distribution or a NumPyro model with latent sites only. Its draws `theta` are
 arrays or dicts of arrays; `z` [size] holds the sites one after another, each in coordinates of its

@@ -20,7 +20,7 @@ from scoreprior.train import checkpoint as files
 from scoreprior.train.augment import Unchanged
 from scoreprior.train.identity import identity
 from scoreprior.train.loss import AbstractLoss
-from scoreprior.train.state import Data, Run, State, Transform, advance
+from scoreprior.train.state import ContextTransform, Data, Run, State, Transform, advance
 
 
 class History(NamedTuple):
@@ -85,6 +85,7 @@ def fit(
     patience: int | None = None,
     dequantise: Transform = Unchanged(),  # noqa: B008
     augment: Transform = Unchanged(),  # noqa: B008
+    augment_context: ContextTransform = Unchanged(),  # noqa: B008
     where: Callable[[Any], Any] = network_of,
     checkpoint: str | Path | None = None,
     progress: bool = True,
@@ -100,9 +101,10 @@ def fit(
     denoisers; `optimiser`, by default `adamw(num_steps)`; `averaging`, the decay per step of the
     exponential moving average of the weights; `dequantise(key, x)`, part of the data's law and so
     applied to held-out events too, and before it `augment(key, x)`, applied in training only, both
-    afresh for every event of every step; `where(denoiser)`, the part that is trained;
-    `checkpoint`, a file written after every evaluation, from which the same call resumes and ends
-    with the same weights, bit for bit.
+    afresh for every event of every step; `augment_context(key, context)`, as often, part of the law
+    of the contexts and so applied to held-out ones too, to drop some for example;
+    `where(denoiser)`, the part that is trained; `checkpoint`, a file written after every
+    evaluation, from which the same call resumes and ends with the same weights, bit for bit.
 
     **Errors:** `ValueError` before any work for unusable arguments or a checkpoint of another run,
     naming what differs (see `train.identity`); `FloatingPointError` when the training or the
@@ -125,6 +127,7 @@ def fit(
         key=key,
         dequantise=dequantise,
         augment=augment,
+        augment_context=augment_context,
         batch_size=batch_size,
         averaging=averaging,
         num_held_out_draws=num_held_out_draws,
