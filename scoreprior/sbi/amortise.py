@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from scoreprior._typing import Key
 from scoreprior._util import check_count, check_positive
@@ -114,15 +114,8 @@ class NPSE(eqx.Module):
         of `train.adamw`; `patience`, `checkpoint` and `progress` as in `train.fit`.
         """
         check_count("num_steps", num_steps)
-        num = len(self.z)
-        num_held_out = int(held_out * num)
-        if not (0 < held_out < 1 and num_held_out >= 2):
-            raise ValueError(
-                f"held_out must leave at least 2 of {num} simulations to each side, got {held_out}"
-            )
-        split, init, train = jax.random.split(key, 3)
-        order = jax.random.permutation(split, num)
-        out, within = order[:num_held_out], order[num_held_out:]
+        split_key, init, train = jax.random.split(key, 3)
+        within, out = split(split_key, len(self.z), held_out)
         denoiser = self._start(self.z[within], self.x[within], init)
         trained = fit(
             denoiser,
@@ -183,6 +176,17 @@ class NPSE(eqx.Module):
         """Contexts of simulations [n, ...], all of their items and all of them known."""
         mask = jnp.ones(x.shape[:2], bool) if self.takes_sets else None
         return Observed(x, mask, jnp.ones(len(x), bool) if self.drop > 0 else None)
+
+
+def split(key: Key, num: int, held_out: float) -> tuple[Int[Array, " n"], Int[Array, " m"]]:
+    """Indices of the simulations to train on, and of those held out."""
+    num_held_out = int(held_out * num)
+    if not (0 < held_out < 1 and 2 <= num_held_out <= num - 2):
+        raise ValueError(
+            f"held_out must leave at least 2 of {num} simulations to each side, got {held_out}"
+        )
+    order = jax.random.permutation(key, num)
+    return order[num_held_out:], order[:num_held_out]
 
 
 def pairs(parameters: Parameters, simulations: Any) -> tuple[Array, Array]:

@@ -24,6 +24,9 @@ from scoreprior.train import History
 NUM_PILOT = 512
 """Draws of which the moments of a posterior are made."""
 
+LOWEST = 5.0
+"""Where the grid of noise levels becomes linear, in units of the smallest one."""
+
 
 class Posterior(eqx.Module):
     """`p(z | x)` for any observation `x`, and `p(theta | x)` in the parameters of the prior.
@@ -96,7 +99,7 @@ class Posterior(eqx.Module):
         check_count("num", num)
         flow = self.condition(x_o).flow
         noise = jax.random.normal(key, (num, self.parameters.size), self.moments.mean.dtype)
-        return jax.vmap(self.parameters.from_vector)(_push(flow, noise))
+        return jax.vmap(self.parameters.from_vector)(push(flow, noise))
 
     def log_prob(self, theta: PyTree[Array], x_o: Float[Array, "..."]) -> Float[Array, " num"]:
         """Log density of draws `theta`, [num, ...] or a dict of them, given `x_o`, nats [num].
@@ -109,40 +112,50 @@ class Posterior(eqx.Module):
         return self.condition(x_o).log_prob(z) - log_det
 
     def _score_prior(self, context: Observed) -> ScorePrior:
-        first = self._flow(Conditioned(self.denoiser, context), self.moments)
-        return ScorePrior(self._flow(first.denoiser, _posterior_moments(first)))
+        denoiser = Conditioned(self.denoiser, context)
+        levels = (self.sigma_min, self.sigma_max)
+        return conditioned(denoiser, self.moments, levels, self.solver)
 
-    def _flow(self, denoiser: AbstractDenoiser, moments: Moments) -> Flow:
-        solver = (
-            default_solver(self.moments, self.sigma_min) if self.solver is None else self.solver
-        )
-        levels = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
-        return Flow(denoiser, moments, solver=solver, **levels)
+
+def conditioned(
+    denoiser: AbstractDenoiser,
+    moments: Moments,
+    levels: tuple[float, float],
+    solver: AbstractSolver | None = None,
+) -> ScorePrior:
+    """The law that `denoiser` draws between two noise levels, whitened by its own moments.
+
+    Those are of `NUM_PILOT` draws of a flow whitened by `moments`, in which the law may be narrow
+    and far from the centre.
+    """
+    if solver is None:
+        solver = default_solver(moments, levels[0])
+    options = {"sigma_min": levels[0], "sigma_max": levels[1], "solver": solver}
+    own = _moments(Flow(denoiser, moments, **options))
+    return ScorePrior(Flow(denoiser, own, **options))
 
 
 def default_solver(moments: Moments, sigma_min: float) -> Multistep:
     """One solver for all observations, so that a program compiled for one serves all.
 
     A posterior may be much narrower than the prior, whose `moments` these are: steps are spread
-    evenly in `log sigma` down to `LOWEST sigma_min`.
+    evenly in `log sigma` down to `LOWEST` times `sigma_min`.
     """
-    scale = float(np.sqrt(np.max(np.asarray(moments.eigenvalues))))
-    return Multistep(30, LogRatioTime(LOWEST * sigma_min, scale))
-
-
-LOWEST = 5.0
+    low = LOWEST * sigma_min
+    high = float(np.sqrt(np.max(np.asarray(moments.eigenvalues))))
+    return Multistep(30, LogRatioTime(low, max(high, 2 * low)))
 
 
 @eqx.filter_jit
-def _push(flow: Flow, noise: Float[Array, "num size"]) -> Float[Array, "num size"]:
+def push(flow: Flow, noise: Float[Array, "num size"]) -> Float[Array, "num size"]:
+    """Draws of the flow from noise."""
     return jax.vmap(flow.to_data)(noise)
 
 
 @eqx.filter_jit
-def _posterior_moments(flow: Flow) -> Moments:
-    noise = jax.random.normal(
-        jax.random.key(0), (NUM_PILOT, *flow.event_shape), flow.moments.mean.dtype
-    )
+def _moments(flow: Flow) -> Moments:
+    shape = (NUM_PILOT, *flow.event_shape)
+    noise = jax.random.normal(jax.random.key(0), shape, flow.moments.mean.dtype)
     return Dense().fit(jax.vmap(flow.to_data)(noise))
 
 

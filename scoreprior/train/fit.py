@@ -115,7 +115,7 @@ def fit(
     dtype = _dtype(where(denoiser))
     training = _data("data", data, context, dtype)
     testing = None if held_out is None else _data("held_out", held_out, held_out_context, dtype)
-    _check_events(denoiser, training, testing)
+    _check_events(denoiser, training, testing, augment_context)
     optimiser = adamw(num_steps) if optimiser is None else optimiser
     run = Run(
         denoiser=denoiser,
@@ -229,7 +229,9 @@ def _check_held_out(
         )
 
 
-def _check_events(denoiser: AbstractDenoiser, data: Data, held_out: Data | None) -> None:
+def _check_events(
+    denoiser: AbstractDenoiser, data: Data, held_out: Data | None, augment_context: ContextTransform
+) -> None:
     """Raise unless the denoiser maps an event of the data to one of the same shape."""
     event = data.x.shape[1:]
     if held_out is not None and held_out.x.shape[1:] != event:
@@ -238,8 +240,13 @@ def _check_events(denoiser: AbstractDenoiser, data: Data, held_out: Data | None)
         )
     first = jax.tree.map(lambda leaf: leaf[0], data)
     sigma = jnp.ones((), data.x.dtype)
+
+    def denoise(denoiser: AbstractDenoiser, x: Array, sigma: Array, context: Any, key: Key) -> Array:
+        return denoiser(x, sigma, augment_context(key, context))
+
     try:
-        made = eqx.filter_eval_shape(denoiser, first.x, sigma, first.context).shape
+        key = jax.random.key(0)
+        made = eqx.filter_eval_shape(denoise, denoiser, *(first.x, sigma, first.context), key).shape
     except Exception as error:
         raise ValueError(
             f"data must hold events the denoiser accepts; one of shape {event} fails: {error}"
