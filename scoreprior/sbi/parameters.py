@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, PyTree
 from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.transforms import IdentityTransform, Transform
 from numpyro.handlers import seed, substitute, trace
+from numpyro.primitives import Messenger
 
 from scoreprior._typing import Context, Event, Key, Scalar, Sigma
 from scoreprior._util import size_of
@@ -120,8 +121,12 @@ class Parameters(eqx.Module):
             got = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"theta must be a dict with the keys {list(self.names)}, got {got}")
 
-        def inverse(name: str, chart: Chart) -> tuple[Array, Array]:
+        def inverse(name: str, chart: Chart, shape: tuple[int, ...]) -> tuple[Array, Array]:
             value = jnp.asarray(values[name])
+            if value.shape != shape:
+                raise ValueError(
+                    f"theta must have shape {shape} at site {name!r}, got {value.shape}"
+                )
             return chart.transform.inv(value), value
 
         return self._walk(inverse).z
@@ -149,12 +154,12 @@ class Parameters(eqx.Module):
             parts[name] = z[start : start + size_of(shape)].reshape(shape)
             start += size_of(shape)
 
-        def forward(name: str, chart: Chart) -> tuple[Array, Array]:
+        def forward(name: str, chart: Chart, shape: tuple[int, ...]) -> tuple[Array, Array]:
             return parts[name], chart.transform(parts[name])
 
         return self._walk(forward)
 
-    def _walk(self, visit: Callable[[str, Chart], tuple[Array, Array]]) -> _Walk:
+    def _walk(self, visit: Callable[..., tuple[Array, Array]]) -> _Walk:
         """Run the model; `visit` gives each site's coordinates and value in its chart there.
 
         A site's distribution is the one given the values of the sites before it.
@@ -166,12 +171,7 @@ class Parameters(eqx.Module):
                 return None
             name, fn = site["name"], site["fn"]
             chart = _chart(fn)
-            z[name], theta[name] = visit(name, chart)
-            if jnp.shape(theta[name]) != fn.shape():
-                raise ValueError(
-                    f"theta must have shape {fn.shape()} at site {name!r}, got "
-                    f"{jnp.shape(theta[name])}"
-                )
+            z[name], theta[name] = visit(name, chart, fn.shape())
             log_dets[name] = jnp.sum(chart.transform.log_abs_det_jacobian(z[name], theta[name]))
             log_probs[name] = (
                 jnp.sum(jax.scipy.stats.norm.logpdf(z[name]))
@@ -198,29 +198,35 @@ class _Single:
 
 def _find(model: Callable[[], Any]) -> dict[str, dist.Distribution]:
     """The distributions of the latent sites, at one draw."""
-    sites = {}
-    for name, message in trace(seed(model, jax.random.key(0))).get_trace().items():
-        if message["type"] == "plate" and len(message["value"]) < message["args"][0]:
-            raise ValueError(f"prior must draw no subsample, got plate {name!r}")
-        if message["type"] != "sample":
-            continue
-        fn = message["fn"]
-        if message["is_observed"]:
-            raise ValueError(
-                f"prior must have latent sites only, got the observed site {name!r}: leave "
-                "the likelihood to the simulator"
-            )
-        if fn.support is None or fn.support.is_discrete:
-            raise ValueError(
-                f"prior must be continuous, got the discrete site {name!r} ({type(fn).__name__}): "
-                "draw it in the simulator"
-            )
-        if isinstance(fn, dist.ImproperUniform):
-            raise ValueError(f"prior must be proper, got the improper site {name!r}")
-        sites[name] = fn
+    recorded = trace(_Refuse(seed(model, jax.random.key(0)))).get_trace()
+    sites = {name: site["fn"] for name, site in recorded.items() if site["type"] == "sample"}
     if not sites:
         raise ValueError("prior must have a latent site, got a model with none")
     return sites
+
+
+class _Refuse(Messenger):
+    """Raises at the sites that no prior may have, before they are drawn."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        name = msg["name"]
+        if msg["type"] == "plate" and msg["value"] is None:
+            raise ValueError(f"prior must draw no subsample, got plate {name!r}")
+        if msg["type"] != "sample":
+            return
+        kind = type(msg["fn"]).__name__
+        if msg["is_observed"]:
+            raise ValueError(
+                f"prior must have latent sites only, got the observed site {name!r}: leave the "
+                "likelihood to the simulator"
+            )
+        if isinstance(msg["fn"], dist.ImproperUniform):
+            raise ValueError(f"prior must be proper, got the improper site {name!r}")
+        if msg["fn"].support is None or msg["fn"].support.is_discrete:
+            raise ValueError(
+                f"prior must be continuous, got the discrete site {name!r} ({kind}): draw it in "
+                "the simulator"
+            )
 
 
 def _chart(fn: dist.Distribution) -> Chart:
