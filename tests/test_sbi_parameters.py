@@ -78,7 +78,8 @@ def test_density_follows_the_change_of_variables(prior):
 def test_a_chain_of_dependent_sites_is_standard_normal():
     """And its sites are not, in coordinates that forget what they depend on."""
     parameters = Parameters.of(chain)
-    assert parameters.names == ("scale", "mean", "width") and parameters.size == 5
+    assert parameters.names == ("scale", "mean", "width")
+    assert parameters.size == 5
     assert isinstance(parameters.law, Gaussian)
     keys = jax.random.split(KEY, 45_000)
     theta = jax.vmap(parameters.sample)(keys)
