@@ -1,1 +1,5 @@
 """Simulation-based inference: simulate, amortise, and compose scores of many observations."""
+
+from scoreprior.sbi.transforms import ProbabilityIntegral, gaussianise
+
+__all__ = ["ProbabilityIntegral", "gaussianise"]
