@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.scipy.special import betainc, betaln, erf, erfinv, gammainc, gammaincc, log_ndtr, ndtr
 
 from scoreprior._typing import Array
+from scoreprior.denoise.uniform import truncated_normal
 from scoreprior.sbi.tails import (
     LOG_2,
     both_tails,
@@ -26,6 +27,11 @@ from scoreprior.sbi.tails import (
 )
 
 MAX_STEPS = 100
+Truncated = (
+    dist.LeftTruncatedDistribution
+    | dist.RightTruncatedDistribution
+    | dist.TwoSidedTruncatedDistribution
+)
 
 
 @quantile.register(dist.Uniform)
@@ -154,6 +160,40 @@ def _(law: dist.SoftLaplace, z: Array) -> Array:
 @log_tails.register(dist.SoftLaplace)
 def _(law: dist.SoftLaplace, theta: Array) -> tuple[Array, Array]:
     return both_tails(law, theta, lambda s: jnp.log(2 / math.pi * jnp.arctan(jnp.exp(-s))))
+
+
+# Truncated normal laws.
+
+
+@quantile.register(Truncated)
+def _(law: Any, z: Array) -> Array:
+    if not isinstance(law.base_dist, dist.Normal):
+        return quantile.dispatch(object)(law, z)
+    low, high = _standard_ends(law)
+    # Phi and 1 - Phi of theta lie between those of the ends, in the ratio of the masses.
+    below = jnp.logaddexp(log_above(z) + log_ndtr(low), log_above(-z) + log_ndtr(high))
+    above = jnp.logaddexp(log_above(z) + log_ndtr(-low), log_above(-z) + log_ndtr(-high))
+    return law.base_dist.loc + law.base_dist.scale * smaller_tail(below, above)
+
+
+@log_tails.register(Truncated)
+def _(law: Any, theta: Array) -> tuple[Array, Array]:
+    if not isinstance(law.base_dist, dist.Normal):
+        return log_tails.dispatch(object)(law, theta)
+    low, high = _standard_ends(law)
+    standard = (theta - law.base_dist.loc) / law.base_dist.scale
+    total = _log_mass(low, high)
+    return _log_mass(low, standard) - total, _log_mass(standard, high) - total
+
+
+def _standard_ends(law: Any) -> tuple[Array, Array]:
+    loc, scale = law.base_dist.loc, law.base_dist.scale
+    low, high = getattr(law, "low", -jnp.inf), getattr(law, "high", jnp.inf)
+    return jnp.asarray((low - loc) / scale), jnp.asarray((high - loc) / scale)
+
+
+def _log_mass(low: Array, high: Array) -> Array:
+    return truncated_normal(low, high, jnp.zeros_like(low), 1.0).log_mass
 
 
 # Laws whose quantiles are solved for, in a coordinate u on the real line.

@@ -33,10 +33,12 @@ class ProbabilityIntegral(Transform):
     the ends of the support and NaN beyond them. Where `theta` is too close to an end for its dtype,
     it rounds to the end, and the way back is infinite.
 
-    Far tails are exact for Beta, Cauchy, Exponential, Gamma, Gompertz, Gumbel, HalfCauchy,
-    HalfNormal, Laplace, Logistic, SoftLaplace, StudentT, Uniform and Weibull. Any other law uses
-    its own `icdf` and `cdf`, and `theta` is the upper end, possibly infinite, once `Phi(z)` rounds
-    to one: from `z = 5.4` in single precision, from 8.3 in double.
+    Both tails are precise for Beta, Cauchy, Exponential, Gamma, Gompertz, Gumbel, HalfCauchy,
+    HalfNormal, Laplace, Logistic, SoftLaplace, StudentT, Uniform, Weibull and truncated Normal laws.
+    Any other law uses its own `icdf` and `cdf`, and `theta` is the upper end, possibly infinite, once
+    `Phi(z)` rounds to one: from `z = 5.4` in single precision, from 8.3 in double. Quantiles of Beta,
+    Gamma and StudentT are solved for; they are differentiable in `z`, those of Gamma in its
+    parameters too, and the other two raise there.
 
     **Arguments:** `law`, a continuous NumPyro distribution of scalars, of any batch shape.
     """
