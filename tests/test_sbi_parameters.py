@@ -25,11 +25,21 @@ def chain():
         numpyro.sample("width", dist.Uniform(-scale, jnp.exp(mean)))
 
 
-def bounded():
-    """Sites that are no maps of a normal here."""
+MIXTURE = dist.MixtureSameFamily(
+    dist.Categorical(jnp.array([0.3, 0.7])), dist.Normal(jnp.array([-1.0, 2.0]), 0.5)
+)
+
+
+def mixed():
+    """Maps of a normal that are no affine ones, and sites that are no maps of a normal."""
     scale = numpyro.sample("scale", dist.Gamma(2.0, 1.0))
-    numpyro.sample("share", dist.Beta(1.0 + scale, 2.0))
-    numpyro.sample("any", dist.StudentT(4.0, scale, 2.0))
+    numpyro.sample("share", dist.Weibull(scale, 2.0))
+    numpyro.sample("mixture", MIXTURE)
+    with numpyro.plate("pairs", 2):
+        numpyro.sample("pair", dist.MultivariateNormal(scale * jnp.ones(2), COVARIANCE))
+    numpyro.sample(
+        "positive", dist.TransformedDistribution(MIXTURE, dist.transforms.ExpTransform())
+    )
 
 
 PRIORS = {
@@ -37,7 +47,7 @@ PRIORS = {
     "multivariate": dist.MultivariateNormal(jnp.array([1.0, -1.0]), COVARIANCE),
     "uniform": dist.Uniform(jnp.array([-1.0, 0.0]), jnp.array([1.0, 5.0])).to_event(1),
     "chain": chain,
-    "bounded": bounded,
+    "mixed": mixed,
 }
 every_prior = pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS.keys())
 

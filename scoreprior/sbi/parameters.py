@@ -26,7 +26,8 @@ from scoreprior._typing import Context, Event, Key, Scalar, Sigma
 from scoreprior._util import size_of
 from scoreprior.denoise import AbstractDenoiser, Gaussian
 from scoreprior.gaussian import Moments
-from scoreprior.sbi._fallback import gaussianise, law_of
+from scoreprior.sbi.laws import law_of
+from scoreprior.sbi.transforms import gaussianise
 
 THETA = "theta"
 """The name of the only site of a prior that is a distribution."""
