@@ -160,6 +160,8 @@ def tiny(path, *, moments=MIXTURE_MOMENTS, **changes):
         "optimiser": adamw(2),
         "dequantise": Offset(jnp.zeros(2)),
         "augment": offset_by(jnp.zeros(2)),
+        "augment_context": Offset(jnp.zeros(2)),
+        "context": jnp.ones((16, 2)),
     }
     denoiser = Network(Unit(jnp.ones(())), moments)
     return quick(denoiser, draws(MIXTURE, 16), checkpoint=path, **(options | changes))
@@ -191,6 +193,7 @@ def unclipped():
         ({"loss": pulled_to(CENTRE + 1)}, "program of loss"),
         ({"dequantise": Offset(jnp.ones(2))}, "arrays of dequantise"),
         ({"augment": offset_by(jnp.ones(2))}, "program of augment"),
+        ({"augment_context": Offset(jnp.ones(2))}, "arrays of augment_context"),
         ({"optimiser": adamw(2, peak=2e-3)}, "optimiser"),
         ({"optimiser": adamw(2, weight_decay=0.02)}, "optimiser"),
         ({"optimiser": adamw(2, num_warmup=0)}, "optimiser"),

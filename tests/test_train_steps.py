@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from scoreprior.denoise.network import Network
 from scoreprior.nn import Dropout
@@ -77,6 +78,50 @@ def test_units_are_dropped_in_training_only():
     num = num_steps * batch_size
     assert_proportion(result.history.train_loss[0] / 4 * num, num, 0.5)
     assert result.history.held_out_loss[0] == 1
+
+
+class Itself(AbstractLoss):
+    """The context, which must not go with the noise: times the sign of a draw of it, the second."""
+
+    signed: bool
+
+    def __call__(self, denoiser, x, u, context, *, key):
+        sign = jnp.where(jax.random.bernoulli(key), 1.0, -1.0)
+        return jnp.sum(context) * (sign if self.signed else 1.0)
+
+
+def dropped(key, context):
+    """Kept with probability 0.8."""
+    return context * jax.random.bernoulli(key, 0.8)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_contexts_are_drawn_anew_for_every_event_and_step(signed):
+    num_steps, num = 50, 400
+    contexts = jnp.ones((num, 1))
+    result = quick(
+        Network(Shift(jnp.zeros(())), MIXTURE_MOMENTS),
+        draws(MIXTURE, num),
+        Itself(signed),
+        context=contexts,
+        held_out=draws(MIXTURE, num),
+        held_out_context=contexts,
+        num_held_out_draws=num_steps,
+        augment_context=dropped,
+        num_steps=2 * num_steps,
+        evaluate_every=num_steps,
+        batch_size=num,
+        optimiser=optax.sgd(0.0),
+    )
+    total = num_steps * num
+    history = result.history
+    for mean in [*history.train_loss, history.held_out_loss[0]]:
+        if signed:
+            assert abs(mean) < 5 * np.sqrt(0.8 / total)
+        else:
+            assert_proportion(mean * total, total, 0.8)
+    assert history.train_loss[0] != history.train_loss[1]
+    assert history.held_out_loss[0] == history.held_out_loss[1]
 
 
 def rates(optimiser, num):

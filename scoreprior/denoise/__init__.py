@@ -26,6 +26,7 @@ from scoreprior.denoise.energy import (
 )
 from scoreprior.denoise.exact import AbstractExact, Empirical, Gaussian, GaussianMixture, Smoothed
 from scoreprior.denoise.network import Network
+from scoreprior.denoise.uniform import Uniform
 
 __all__ = [
     "VE",
@@ -55,6 +56,7 @@ __all__ = [
     "Smoothed",
     "SquaredDistance",
     "SubVP",
+    "Uniform",
     "VPrediction",
     "VelocityPrediction",
     "asymmetry",

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scoreprior._typing import Event, Key, Scalar
@@ -40,9 +41,10 @@ class ResidualMLP(eqx.Module):
     """Residual perceptron `F(x, log_sigma, context)` for events of any shape.
 
     `num_blocks` pre-norm residual blocks of `width` units over the flattened event, each modulated
-    by the noise level and an optional context vector [context_size]. The last layer starts at
-    zero, so the untrained network returns zeros. `dropout` acts within the blocks, in training
-    only.
+    by the noise level and an optional context vector [context_size]. With `joins_context` the first
+    layer sees the context too, beside the event: for contexts that say precisely where the event
+    must be. The last layer starts at zero, so the untrained network returns zeros. `dropout` acts
+    within the blocks, in training only.
     """
 
     event_shape: tuple[int, ...] = eqx.field(static=True)
@@ -51,6 +53,7 @@ class ResidualMLP(eqx.Module):
     embedding_size: int = eqx.field(static=True)
     context_size: int = eqx.field(static=True)
     dropout: float = eqx.field(static=True)
+    joins_context: bool = eqx.field(static=True)
     condition: Condition
     first: eqx.nn.Linear
     blocks: list[MLPBlock]
@@ -65,6 +68,7 @@ class ResidualMLP(eqx.Module):
         embedding_size: int = 64,
         context_size: int = 0,
         dropout: float = 0.0,
+        joins_context: bool = False,
         key: Key,
     ):
         check_count("width", width)
@@ -74,11 +78,12 @@ class ResidualMLP(eqx.Module):
         self.event_shape = tuple(event_shape)
         self.width, self.num_blocks = width, num_blocks
         self.embedding_size, self.context_size = embedding_size, context_size
-        self.dropout = dropout
+        self.dropout, self.joins_context = dropout, joins_context
         condition, first, last, *blocks = jax.random.split(key, 3 + num_blocks)
         size = size_of(self.event_shape)
         self.condition = Condition(embedding_size, context_size, key=condition)
-        self.first = eqx.nn.Linear(size, width, key=first)
+        joined = context_size if joins_context else 0
+        self.first = eqx.nn.Linear(size + joined, width, key=first)
         self.blocks = [MLPBlock(width, embedding_size, dropout, key=k) for k in blocks]
         self.last = zeroed(eqx.nn.Linear(width, size, key=last))
 
@@ -89,7 +94,8 @@ class ResidualMLP(eqx.Module):
         context: Float[Array, " context_size"] | None = None,
     ) -> Event:
         embedding = self.condition(log_sigma, context)
-        h = self.first(x.ravel())
+        joined = [context] if self.joins_context and context is not None else []
+        h = self.first(jnp.concatenate([x.ravel(), *joined]))
         for block in self.blocks:
             h = block(h, embedding)
         return self.last(jax.nn.silu(h)).reshape(x.shape)
@@ -104,4 +110,5 @@ class ResidualMLP(eqx.Module):
             "embedding_size": self.embedding_size,
             "context_size": self.context_size,
             "dropout": self.dropout,
+            "joins_context": self.joins_context,
         }

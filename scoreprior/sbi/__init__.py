@@ -1,6 +1,37 @@
 """Simulation-based inference: simulate, amortise, and compose scores of many observations."""
 
+from scoreprior.sbi.amortise import NPSE
 from scoreprior.sbi.compose import Product, compose
+from scoreprior.sbi.embed import Flat, SetEncoder, Standardise
+from scoreprior.sbi.joint import JointNPSE, JointPosterior
+from scoreprior.sbi.laws import law_of
+from scoreprior.sbi.parameters import Parameters
+from scoreprior.sbi.posterior import Posterior
 from scoreprior.sbi.scores import FNPSE, GAUSS, JAC, Damped, Sum, annealed_langevin
+from scoreprior.sbi.sequential import TSNPSE, Round, Sequential
+from scoreprior.sbi.transforms import ProbabilityIntegral, gaussianise
 
-__all__ = ["FNPSE", "GAUSS", "JAC", "Damped", "Product", "Sum", "annealed_langevin", "compose"]
+__all__ = [
+    "FNPSE",
+    "GAUSS",
+    "JAC",
+    "NPSE",
+    "TSNPSE",
+    "Damped",
+    "Flat",
+    "JointNPSE",
+    "JointPosterior",
+    "Parameters",
+    "Posterior",
+    "ProbabilityIntegral",
+    "Product",
+    "Round",
+    "Sequential",
+    "SetEncoder",
+    "Standardise",
+    "Sum",
+    "annealed_langevin",
+    "compose",
+    "gaussianise",
+    "law_of",
+]

@@ -1,4 +1,4 @@
-"""Random maps of clean events: dequantisation and augmentation."""
+"""Random maps of clean events, and of contexts: dequantisation and augmentation."""
 
 import equinox as eqx
 import jax
@@ -24,7 +24,7 @@ class Dequantise(eqx.Module):
 
 
 class Unchanged(eqx.Module):
-    """`x` itself."""
+    """`x` itself, whatever it is."""
 
-    def __call__(self, key: Key, x: Event) -> Event:
+    def __call__[Value](self, key: Key, x: Value) -> Value:
         return x

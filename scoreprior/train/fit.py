@@ -20,7 +20,7 @@ from scoreprior.train import checkpoint as files
 from scoreprior.train.augment import Unchanged
 from scoreprior.train.identity import identity
 from scoreprior.train.loss import AbstractLoss
-from scoreprior.train.state import Data, Run, State, Transform, advance
+from scoreprior.train.state import ContextTransform, Data, Run, State, Transform, advance
 
 
 class History(NamedTuple):
@@ -85,6 +85,7 @@ def fit(
     patience: int | None = None,
     dequantise: Transform = Unchanged(),  # noqa: B008
     augment: Transform = Unchanged(),  # noqa: B008
+    augment_context: ContextTransform = Unchanged(),  # noqa: B008
     where: Callable[[Any], Any] = network_of,
     checkpoint: str | Path | None = None,
     progress: bool = True,
@@ -100,9 +101,10 @@ def fit(
     denoisers; `optimiser`, by default `adamw(num_steps)`; `averaging`, the decay per step of the
     exponential moving average of the weights; `dequantise(key, x)`, part of the data's law and so
     applied to held-out events too, and before it `augment(key, x)`, applied in training only, both
-    afresh for every event of every step; `where(denoiser)`, the part that is trained;
-    `checkpoint`, a file written after every evaluation, from which the same call resumes and ends
-    with the same weights, bit for bit.
+    afresh for every event of every step; `augment_context(key, context)`, as often, part of the law
+    of the contexts and so applied to held-out ones too, to drop some for example;
+    `where(denoiser)`, the part that is trained; `checkpoint`, a file written after every
+    evaluation, from which the same call resumes and ends with the same weights, bit for bit.
 
     **Errors:** `ValueError` before any work for unusable arguments or a checkpoint of another run,
     naming what differs (see `train.identity`); `FloatingPointError` when the training or the
@@ -113,7 +115,7 @@ def fit(
     dtype = _dtype(where(denoiser))
     training = _data("data", data, context, dtype)
     testing = None if held_out is None else _data("held_out", held_out, held_out_context, dtype)
-    _check_events(denoiser, training, testing)
+    _check_events(denoiser, training, testing, augment_context)
     optimiser = adamw(num_steps) if optimiser is None else optimiser
     run = Run(
         denoiser=denoiser,
@@ -125,6 +127,7 @@ def fit(
         key=key,
         dequantise=dequantise,
         augment=augment,
+        augment_context=augment_context,
         batch_size=batch_size,
         averaging=averaging,
         num_held_out_draws=num_held_out_draws,
@@ -226,7 +229,9 @@ def _check_held_out(
         )
 
 
-def _check_events(denoiser: AbstractDenoiser, data: Data, held_out: Data | None) -> None:
+def _check_events(
+    denoiser: AbstractDenoiser, data: Data, held_out: Data | None, augment_context: ContextTransform
+) -> None:
     """Raise unless the denoiser maps an event of the data to one of the same shape."""
     event = data.x.shape[1:]
     if held_out is not None and held_out.x.shape[1:] != event:
@@ -235,8 +240,15 @@ def _check_events(denoiser: AbstractDenoiser, data: Data, held_out: Data | None)
         )
     first = jax.tree.map(lambda leaf: leaf[0], data)
     sigma = jnp.ones((), data.x.dtype)
+
+    def denoise(
+        denoiser: AbstractDenoiser, x: Array, sigma: Array, context: Any, key: Key
+    ) -> Array:
+        return denoiser(x, sigma, augment_context(key, context))
+
     try:
-        made = eqx.filter_eval_shape(denoiser, first.x, sigma, first.context).shape
+        key = jax.random.key(0)
+        made = eqx.filter_eval_shape(denoise, denoiser, *(first.x, sigma, first.context), key).shape
     except Exception as error:
         raise ValueError(
             f"data must hold events the denoiser accepts; one of shape {event} fails: {error}"

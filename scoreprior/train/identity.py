@@ -26,7 +26,12 @@ ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 def identity(run: Run, start: State, num_steps: int, evaluate_every: int) -> dict[str, Any]:
     """What must agree for a run to be resumed; `start` is its state before the first step."""
-    parts = {"loss": run.loss, "dequantise": run.dequantise, "augment": run.augment}
+    parts = {
+        "loss": run.loss,
+        "dequantise": run.dequantise,
+        "augment": run.augment,
+        "augment_context": run.augment_context,
+    }
     frozen = run.build(jax.tree.map(lambda _: None, run.params()))
     return {
         "platform": jax.default_backend(),
@@ -95,6 +100,7 @@ def _programs(run: Run, start: State) -> dict[str, str]:
         "loss": program(_gradient, blank, start.params, event, u, run.key),
         "dequantise": program(run.dequantise, run.key, event.x),
         "augment": program(run.augment, run.key, event.x),
+        "augment_context": program(run.augment_context, run.key, event.context),
     }
 
 

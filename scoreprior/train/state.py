@@ -17,6 +17,12 @@ from scoreprior.train.loss import AbstractLoss
 Transform = Callable[[Key, Event], Event]
 """A random map of one clean event, `transform(key, x)`."""
 
+ContextTransform = Callable[[Key, Any], Any]
+"""A random map of the context of one event, `transform(key, context)`."""
+
+# Beyond the counters of every `split`, so that these draws are independent of all others.
+_CONTEXT_STREAM = 2**31
+
 
 class State(NamedTuple):
     """Everything a run carries from one step to the next."""
@@ -51,6 +57,7 @@ class Run(eqx.Module):
     key: Key
     dequantise: Transform
     augment: Transform
+    augment_context: ContextTransform
     batch_size: int = eqx.field(static=True)
     averaging: float = eqx.field(static=True)
     num_held_out_draws: int = eqx.field(static=True)
@@ -105,6 +112,7 @@ def _step(run: Run, state: State) -> tuple[State, Scalar]:
         def one(x: Event, context: Any, u: Scalar, key: Key) -> Scalar:
             dequantise, augment, drop, noise = jax.random.split(key, 4)
             x = run.dequantise(dequantise, run.augment(augment, x))
+            context = _augmented(run, key, context)
             return run.loss(with_dropout(drop, denoiser), x, u, context, key=noise)
 
         return jnp.mean(jax.vmap(one)(batch.x, batch.context, u, keys))
@@ -122,6 +130,11 @@ def _step(run: Run, state: State) -> tuple[State, Scalar]:
     return state, loss
 
 
+def _augmented(run: Run, key: Key, context: Any) -> Any:
+    """The context of one event, drawn anew with a key of its own."""
+    return run.augment_context(jax.random.fold_in(key, _CONTEXT_STREAM), context)
+
+
 def held_out_loss(run: Run, params: PyTree[Array]) -> Scalar:
     """Mean loss over the held-out events, with the same draws at every call."""
     if run.held_out is None:
@@ -136,7 +149,8 @@ def held_out_loss(run: Run, params: PyTree[Array]) -> Scalar:
 
         def draw(u: Scalar, key: Key) -> Scalar:
             dequantise, noise = jax.random.split(key)
-            return run.loss(denoiser, run.dequantise(dequantise, x), u, context, key=noise)
+            given = _augmented(run, key, context)
+            return run.loss(denoiser, run.dequantise(dequantise, x), u, given, key=noise)
 
         return jnp.mean(jax.vmap(draw)(levels, jnp.stack(keys)))
 

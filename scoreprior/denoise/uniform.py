@@ -1,0 +1,129 @@
+"""The uniform law on a box, and the truncated normal laws of its denoiser."""
+
+import math
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scoreprior._typing import Array, Context, Event, Float, Key, Scalar, Sigma
+from scoreprior._util import check_finite, is_traced
+from scoreprior.denoise.exact import AbstractExact
+from scoreprior.gaussian import Moments
+
+# Integrands are followed down to exp(-DEPTH) of their peak, by so many nodes: enough for doubles.
+DEPTH, NUM_NODES = 40.0, 40
+RULE = np.polynomial.legendre.leggauss(NUM_NODES)
+LOG_SQRT_2_PI = math.log(2 * math.pi) / 2
+
+
+class Uniform(AbstractExact):
+    """Independent entries, uniform between `low` and `high`.
+
+    With `a = (low - x)/sigma` and `b = (high - x)/sigma` for each entry, `Phi` the standard normal
+    distribution function and `phi` its density,
+
+        p_sigma(x) = (Phi(b) - Phi(a)) / (high - low),
+        D(x, sigma) = x + sigma (phi(a) - phi(b)) / (Phi(b) - Phi(a)),
+
+    the mean of `N(x, sigma^2)` truncated to `[low, high]`. Neither is computed as it stands, but by
+    sums of positive terms: they keep their precision, and so do their derivatives, on the edges,
+    any number of `sigma` outside, and for `sigma` much larger or smaller than the box. At
+    `sigma = 0`, `D` is the nearest point of the box, and the score outside it is infinite.
+
+    **Arguments:** `low` and `high` [*event] in data units, `low < high` in every entry.
+    """
+
+    low: Event = eqx.field(converter=lambda value: _floating(value))
+    high: Event = eqx.field(converter=lambda value: _floating(value))
+
+    def __check_init__(self):
+        if self.low.shape != self.high.shape:
+            raise ValueError(
+                f"high must have the shape of low, {self.low.shape}, got {self.high.shape}"
+            )
+        check_finite("low", self.low)
+        check_finite("high", self.high)
+        width = self.high - self.low
+        if not is_traced(width) and not jnp.all(width > 0):
+            raise ValueError(f"high must exceed low, got a difference of {float(jnp.min(width)):g}")
+
+    def _truncated(self, x: Event, sigma: Sigma) -> "Truncated":
+        return truncated_normal(self.low, self.high, x, jnp.where(sigma > 0, sigma, 1.0))
+
+    def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
+        nearest = jnp.clip(x, self.low, self.high)
+        return jnp.where(sigma > 0, self._truncated(x, sigma).mean, nearest)
+
+    def score(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
+        outside = jnp.sign(jnp.clip(x, self.low, self.high) - x)
+        at_zero = jnp.where(outside == 0, 0.0, outside * jnp.inf)
+        return jnp.where(sigma > 0, self._truncated(x, sigma).slope, at_zero)
+
+    def log_prob(self, x: Event, sigma: Sigma = 0.0) -> Scalar:
+        is_inside = (x >= self.low) & (x <= self.high)
+        at_zero = jnp.where(is_inside, 0.0, -jnp.inf)
+        log_mass = jnp.where(sigma > 0, self._truncated(x, sigma).log_mass, at_zero)
+        return jnp.sum(log_mass - jnp.log(self.high - self.low))
+
+    def covariance(self, x: Event, sigma: Sigma) -> Float[Array, "size size"]:
+        variance = jnp.where(sigma > 0, self._truncated(x, sigma).variance, 0.0)
+        return jnp.diag(variance.ravel())
+
+    def sample(self, key: Key) -> Event:
+        share = jax.random.uniform(key, self.low.shape, self.low.dtype)
+        return self.low + (self.high - self.low) * share
+
+    def moments(self) -> Moments:
+        return Moments((self.low + self.high) / 2, (self.high - self.low) ** 2 / 12)
+
+
+class Truncated(NamedTuple):
+    """`N(x, sigma^2)` truncated to an interval, entry by entry."""
+
+    log_mass: Array
+    """Logarithm of the probability of the interval under `N(x, sigma^2)`."""
+    slope: Array
+    """Derivative of `log_mass` in `x`."""
+    mean: Array
+    variance: Array
+
+
+def truncated_normal(low: Array, high: Array, x: Array, sigma: Any) -> Truncated:
+    """`N(x, sigma^2)` truncated to `[low, high]`, which may be infinite on either side.
+
+    Gauss-Legendre quadrature in `tau = (X - mode)/sigma`, with `mode` the point of the interval
+    nearest to `x`, from where the density falls on both sides, as `exp(-tau^2/2 - n tau)` with
+    `n = (mode - x)/sigma`.
+    """
+    # The results depend on neither mode nor reach, which are there to compute them well.
+    mode = jax.lax.stop_gradient(jnp.clip(x, low, high))
+    n = (mode - x) / sigma
+    steep = jnp.abs(n)
+    reach = jax.lax.stop_gradient(2 * DEPTH / (steep + jnp.sqrt(steep**2 + 2 * DEPTH)))
+    first = jnp.maximum((low - mode) / sigma, -reach)
+    last = jnp.minimum((high - mode) / sigma, reach)
+    middle, half = (first + last) / 2, (last - first) / 2
+    # [*event, num_nodes]
+    shape = (*half.shape, NUM_NODES)
+    nodes, weights = (jnp.broadcast_to(jnp.asarray(a, half.dtype), shape) for a in RULE)
+    tau = middle[..., None] + half[..., None] * nodes
+    masses = weights * jnp.exp(-tau * (tau / 2 + n[..., None]))
+    total = jnp.sum(masses, -1)
+    shares = masses / total[..., None]
+    centre = jnp.sum(shares * nodes, -1)
+    spread = jnp.sum(shares * (nodes - centre[..., None]) ** 2, -1)
+    offset = middle + half * centre
+    log_mass = jnp.log(half * total) - n**2 / 2 - LOG_SQRT_2_PI
+    return Truncated(
+        log_mass, (n + offset) / sigma, mode + sigma * offset, (sigma * half) ** 2 * spread
+    )
+
+
+def _floating(value: Any) -> Array:
+    return jnp.asarray(value, jnp.result_type(value, float))
+
+
+__all__ = ["Uniform"]

@@ -1,0 +1,238 @@
+"""Neural posterior score estimation: one conditional denoiser for all observations.
+
+The network is trained on pairs of parameters and simulations by denoising score matching (Geffner
+et al., "Compositional score modeling for simulation-based inference", ICML 2023; Sharrock et al.,
+"Sequential neural score estimation", ICML 2024), in the coordinates of `Parameters` and in the
+language of noise levels of the rest of the library.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, Int, PyTree
+
+from scoreprior._typing import Key
+from scoreprior._util import check_count, check_positive
+from scoreprior.nn import ResidualMLP
+from scoreprior.sbi.conditional import (
+    Amortised,
+    ConditionalLoss,
+    DrawContext,
+    Observed,
+    Regression,
+    Told,
+)
+from scoreprior.sbi.embed import Flat, Standardise
+from scoreprior.sbi.parameters import Parameters
+from scoreprior.sbi.posterior import Posterior
+from scoreprior.train import LogUniform, adamw, fit
+
+
+class NPSE(eqx.Module):
+    """Amortised inference of the parameters of a simulator by their score.
+
+    **Arguments:** `prior`, a NumPyro distribution or model; `simulations`, anything with `theta`
+    and `x`, such as the result of `sbi.simulate`, or the pair `(theta, x)`, with leading axis
+    [n], `theta` an array or a dict as `prior` has it, and `x` [n, *x]; `embedding(x)`, a callable
+    pytree from one standardised observation to a vector, trained with the network, by default
+    the flattened observation itself; `SetEncoder(...)` where an observation is a set, `x`
+    [n, max_items, *x], of which training draws subsets of every size; `drop`, the share of
+    training without an observation, from which `Posterior.prior` is learnt.
+
+    `width`, `num_blocks` and `dropout` are those of a `nn.ResidualMLP`; `sigma_min` and `sigma_max`
+    the noise levels, in standard deviations of the prior in `z`.
+
+    Simulations with values that are not finite are left out, with a warning that counts them: the
+    posterior is then that given a finite simulation. Raises `ValueError` before any work for
+    shapes that disagree, for none or all of them left out, and for `theta` outside the prior.
+    """
+
+    parameters: Parameters
+    z: Float[Array, "n size"]
+    x: Float[Array, "n ..."]
+    embedding: Any
+    width: int = eqx.field(static=True)
+    num_blocks: int = eqx.field(static=True)
+    dropout: float = eqx.field(static=True)
+    drop: float = eqx.field(static=True)
+    sigma_min: float = eqx.field(static=True)
+    sigma_max: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        prior: dist.Distribution | Callable[[], Any] | Parameters,
+        simulations: Any,
+        *,
+        embedding: Callable[..., Array] | None = None,
+        width: int = 128,
+        num_blocks: int = 3,
+        dropout: float = 0.1,
+        drop: float = 0.0,
+        sigma_min: float = 3e-3,
+        sigma_max: float = 10.0,
+    ):
+        if not 0 <= drop < 1:
+            raise ValueError(f"drop must lie in [0, 1), got {drop}")
+        check_positive("sigma_min", sigma_min)
+        check_positive("sigma_max", sigma_max)
+        self.parameters = prior if isinstance(prior, Parameters) else Parameters.of(prior)
+        self.z, self.x = pairs(self.parameters, simulations)
+        self.embedding = Flat() if embedding is None else embedding
+        self.width, self.num_blocks, self.dropout = width, num_blocks, dropout
+        self.drop, self.sigma_min, self.sigma_max = drop, sigma_min, sigma_max
+        if self.takes_sets and self.x.ndim < 2:
+            raise ValueError(f"x must be sets [n, max_items, *x], got shape {self.x.shape}")
+
+    @property
+    def takes_sets(self) -> bool:
+        """Whether an observation is a set of items."""
+        return bool(getattr(self.embedding, "takes_sets", False))
+
+    def fit(
+        self,
+        *,
+        key: Key,
+        num_steps: int = 20_000,
+        batch_size: int = 256,
+        peak: float = 1e-3,
+        weight_decay: float = 0.01,
+        held_out: float = 0.1,
+        patience: int | None = 20,
+        checkpoint: str | Path | None = None,
+        progress: bool = True,
+    ) -> Posterior:
+        """Train, and return the posterior with the weights of the lowest held-out loss.
+
+        **Arguments:** `held_out`, the share of simulations kept for it; `peak` and `weight_decay`
+        of `train.adamw`; `patience`, `checkpoint` and `progress` as in `train.fit`.
+        """
+        check_count("num_steps", num_steps)
+        split_key, init, train = jax.random.split(key, 3)
+        within, out = split(split_key, len(self.z), held_out)
+        denoiser = self._start(self.z[within], self.x[within], init)
+        trained = fit(
+            denoiser,
+            self.z[within],
+            ConditionalLoss(LogUniform(*denoiser.levels)),
+            key=train,
+            num_steps=num_steps,
+            batch_size=batch_size,
+            context=self._contexts(self.x[within]),
+            held_out=self.z[out],
+            held_out_context=self._contexts(self.x[out]),
+            optimiser=adamw(num_steps, peak=peak, weight_decay=weight_decay),
+            patience=patience,
+            augment_context=DrawContext(self.drop),
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        return Posterior(
+            parameters=self.parameters,
+            denoiser=trained.denoiser,
+            standardise=denoiser.standardise,
+            moments=denoiser.regression.prior,
+            sigma_min=denoiser.levels[0],
+            sigma_max=denoiser.levels[1],
+            max_items=self.x.shape[1] if self.takes_sets else None,
+            can_drop=self.drop > 0,
+            history=trained.history,
+        )
+
+    def _start(self, z: Array, x: Array, key: Key) -> Amortised:
+        """The denoiser before training."""
+        items = x.reshape(-1, *x.shape[2:]) if self.takes_sets else x
+        standardise = Standardise.fit(items)
+        features = jax.vmap(standardise)(items).reshape(len(items), -1)
+        # Sets of different sizes have no features in common that a regression could use.
+        features = jnp.zeros((len(z), 0), z.dtype) if self.takes_sets else features
+        regression = Regression.fit(z, features)
+        first = jax.tree.map(lambda leaf: leaf[0], self._contexts(x[:1]))
+        given = () if first.mask is None else (first.mask,)
+        made = eqx.filter_eval_shape(self.embedding, first.x, *given)
+        if made.ndim != 1:
+            raise ValueError(f"embedding must give a vector, got shape {made.shape}")
+        mlp = ResidualMLP(
+            z.shape[1:],
+            width=self.width,
+            num_blocks=self.num_blocks,
+            context_size=made.size,
+            dropout=self.dropout,
+            joins_context=True,
+            key=key,
+        )
+        net = Told(self.embedding, mlp, jnp.zeros(made.size, made.dtype))
+        scale = np.sqrt(np.asarray(regression.prior.eigenvalues))
+        levels = self.sigma_min * float(scale.min()), self.sigma_max * float(scale.max())
+        return Amortised(net, standardise, regression, levels)
+
+    def _contexts(self, x: Array) -> Observed:
+        """Contexts of simulations [n, ...], all of their items and all of them known."""
+        mask = jnp.ones(x.shape[:2], bool) if self.takes_sets else None
+        return Observed(x, mask, jnp.ones(len(x), bool) if self.drop > 0 else None)
+
+
+def split(key: Key, num: int, held_out: float) -> tuple[Int[Array, " n"], Int[Array, " m"]]:
+    """Indices of the simulations to train on, and of those held out."""
+    num_held_out = int(held_out * num)
+    if not (0 < held_out < 1 and 2 <= num_held_out <= num - 2):
+        raise ValueError(
+            f"held_out must leave at least 2 of {num} simulations to each side, got {held_out}"
+        )
+    order = jax.random.permutation(key, num)
+    return order[num_held_out:], order[:num_held_out]
+
+
+def pairs(parameters: Parameters, simulations: Any) -> tuple[Array, Array]:
+    """Vectors `z` [n, size] and finite simulations `x` [n, *x], with a warning for those left out.
+
+    `simulations` are a pair or have the attributes `theta` and `x`.
+    """
+    theta, x = _theta_and_x(simulations)
+    x = jnp.asarray(x)
+    if x.ndim < 1 or len(x) == 0:
+        raise ValueError(f"simulations must hold at least one x, [n, *x], got shape {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.zeros(()).dtype)
+    for leaf in jax.tree.leaves(theta):
+        if jnp.shape(leaf)[:1] != x.shape[:1]:
+            raise ValueError(
+                f"theta and x must have as many simulations, got {jnp.shape(leaf)} and {x.shape}"
+            )
+    is_finite = np.asarray(jnp.isfinite(x.reshape(len(x), -1)).all(1))
+    num_bad = int((~is_finite).sum())
+    if num_bad == len(x):
+        raise ValueError(f"simulations must not all hold NaN or infinite values, got {num_bad}")
+    if num_bad:
+        warnings.warn(
+            f"{num_bad} of {len(x)} simulations hold NaN or infinite values and are left out: the "
+            "posterior is that given a finite simulation",
+            stacklevel=3,
+        )
+    z = jax.vmap(parameters.to_vector)(
+        jax.tree.map(lambda leaf: jnp.asarray(leaf)[is_finite], theta)
+    )
+    num_outside = int((~jnp.isfinite(z).all(1)).sum())
+    if num_outside:
+        raise ValueError(
+            f"theta must lie inside the support of the prior, got {num_outside} of {len(z)} draws "
+            "at its edge, outside or NaN"
+        )
+    return z, x[is_finite]
+
+
+def _theta_and_x(simulations: Any) -> tuple[PyTree[Array], Any]:
+    if hasattr(simulations, "theta") and hasattr(simulations, "x"):
+        return simulations.theta, simulations.x
+    if isinstance(simulations, tuple) and len(simulations) == 2:
+        return simulations
+    raise TypeError(
+        "simulations must be the pair (theta, x), or have the attributes theta and x, got "
+        f"{type(simulations).__name__}"
+    )

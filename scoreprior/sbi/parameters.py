@@ -1,0 +1,264 @@
+"""Parameters of a simulator as one real vector `z`, in which the prior is as simple as can be.
+
+A prior is a NumPyro distribution or a NumPyro model with latent sites only. Its draws `theta` are
+arrays or dicts of arrays; `z` [size] holds the sites one after another, each in coordinates of its
+own. Where the site's law is a map `T` of a standard normal, `theta = T(z)` and `z ~ N(0, I)`
+exactly, edges and all: a conditional law counts too, so a model of such sites has `z ~ N(0, I)`
+however its sites depend on one another. Other sites take NumPyro's bijection from real numbers to
+their support.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, PyTree
+from numpyro.distributions import biject_to, constraints
+from numpyro.distributions.transforms import IdentityTransform, Transform
+from numpyro.handlers import seed, substitute, trace
+from numpyro.primitives import Messenger
+
+from scoreprior._typing import Context, Event, Key, Scalar, Sigma
+from scoreprior._util import size_of
+from scoreprior.denoise import AbstractDenoiser, Gaussian
+from scoreprior.gaussian import Moments
+from scoreprior.sbi.laws import law_of
+from scoreprior.sbi.transforms import gaussianise
+
+THETA = "theta"
+"""The name of the only site of a prior that is a distribution."""
+
+
+class Flattened(AbstractDenoiser):
+    """A denoiser of events of shape `event_shape`, over their entries as one vector."""
+
+    denoiser: AbstractDenoiser
+    event_shape: tuple[int, ...] = eqx.field(static=True)
+
+    @property
+    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
+        return self.denoiser.level_range
+
+    def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
+        return self.denoiser(x.reshape(self.event_shape), sigma, context).ravel()
+
+    def energy(self, x: Event, sigma: Sigma, context: Context = None) -> Scalar:
+        return self.denoiser.energy(x.reshape(self.event_shape), sigma, context)
+
+
+class Chart(NamedTuple):
+    """Coordinates of one site: `transform` takes the site's part of `z` to its value."""
+
+    transform: Transform
+    is_gaussian: bool  # the part of z is N(0, I) given the sites before
+
+
+class _Walk(NamedTuple):
+    """What a walk through the model at one point gives."""
+
+    z: Float[Array, " size"]
+    theta: dict[str, Array]
+    log_prob: Scalar  # of z
+    log_det: Scalar  # log |d theta / d z|
+
+
+class Parameters(eqx.Module):
+    """The vector `z` [size] of the parameters `theta` of a prior; build with `Parameters.of`.
+
+    `names` are the latent sites in the order of `z`, `("theta",)` for a distribution, and `shapes`
+    those of their parts of `z`. `law` is the denoiser of `z` under the prior, in closed form:
+    `N(0, I)` where every site is a map of a normal, the mixture itself for a mixture of Gaussians;
+    `None` where it is not known.
+    """
+
+    model: Callable[[], Any] = eqx.field(static=True)
+    names: tuple[str, ...] = eqx.field(static=True)
+    shapes: tuple[tuple[int, ...], ...] = eqx.field(static=True)
+    is_model: bool = eqx.field(static=True)
+    law: AbstractDenoiser | None
+
+    @classmethod
+    def of(cls, prior: dist.Distribution | Callable[[], Any]) -> "Parameters":
+        """Parameters of `prior`: a distribution without batch shape, or a model of no argument.
+
+        Raises `TypeError` for anything else and `ValueError` for a model with an observed, discrete
+        or improper site or with a plate that draws a subsample, naming it.
+        """
+        is_model = not isinstance(prior, dist.Distribution)
+        if is_model and not callable(prior):
+            raise TypeError(
+                f"prior must be a NumPyro distribution or a model of no argument, got {prior!r}"
+            )
+        if not is_model and prior.batch_shape:
+            raise ValueError(
+                f"prior must have no batch shape, got {prior.batch_shape}: make it an event with "
+                f"prior.to_event({len(prior.batch_shape)})"
+            )
+        model = prior if is_model else _Single(prior)
+        sites = _find(model)
+        charts = {name: _chart(fn) for name, fn in sites.items()}
+        shapes = {name: charts[name].transform.inverse_shape(sites[name].shape()) for name in sites}
+        law = _law(sites, charts, shapes)
+        return cls(model, tuple(sites), tuple(shapes[name] for name in sites), is_model, law)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of `z`."""
+        return sum(map(size_of, self.shapes))
+
+    def sample(self, key: Key) -> PyTree[Array]:
+        """One draw `theta` of the prior: an array, or a dict site -> array for a model."""
+        recorded = trace(seed(self.model, key)).get_trace()
+        return self._out({name: recorded[name]["value"] for name in self.names})
+
+    def to_vector(self, theta: PyTree[Array]) -> Float[Array, " size"]:
+        """The vector `z` of one `theta`; entries are infinite at the edge of the support."""
+        values = theta if self.is_model else {THETA: theta}
+        if not isinstance(values, dict) or values.keys() != set(self.names):
+            got = sorted(values) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"theta must be a dict with the keys {list(self.names)}, got {got}")
+
+        def inverse(name: str, chart: Chart, shape: tuple[int, ...]) -> tuple[Array, Array]:
+            value = jnp.asarray(values[name])
+            if value.shape != shape:
+                raise ValueError(
+                    f"theta must have shape {shape} at site {name!r}, got {value.shape}"
+                )
+            return chart.transform.inv(value), value
+
+        return self._walk(inverse).z
+
+    def from_vector(self, z: Float[Array, " size"]) -> PyTree[Array]:
+        """The parameters `theta` of one `z`."""
+        return self._out(self._forward(z).theta)
+
+    def log_prob(self, z: Float[Array, " size"]) -> Scalar:
+        """Log density of `z` under the prior, nats."""
+        return self._forward(z).log_prob
+
+    def log_det(self, z: Float[Array, " size"]) -> Scalar:
+        """`log |d theta / d z|`: the density of `theta` is that of `z` over its exponential."""
+        return self._forward(z).log_det
+
+    def _out(self, theta: dict[str, Array]) -> PyTree[Array]:
+        return theta if self.is_model else theta[THETA]
+
+    def _forward(self, z: Float[Array, " size"]) -> _Walk:
+        if jnp.shape(z) != (self.size,):
+            raise ValueError(f"z must have shape {(self.size,)}, got {jnp.shape(z)}")
+        parts, start = {}, 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            parts[name] = z[start : start + size_of(shape)].reshape(shape)
+            start += size_of(shape)
+
+        def forward(name: str, chart: Chart, shape: tuple[int, ...]) -> tuple[Array, Array]:
+            return parts[name], chart.transform(parts[name])
+
+        return self._walk(forward)
+
+    def _walk(self, visit: Callable[..., tuple[Array, Array]]) -> _Walk:
+        """Run the model; `visit` gives each site's coordinates and value in its chart there.
+
+        A site's distribution is the one given the values of the sites before it.
+        """
+        z, theta, log_probs, log_dets = {}, {}, {}, {}
+
+        def value_of(site: dict[str, Any]) -> Array | None:
+            if site["type"] != "sample":
+                return None
+            name, fn = site["name"], site["fn"]
+            chart = _chart(fn)
+            z[name], theta[name] = visit(name, chart, fn.shape())
+            log_dets[name] = jnp.sum(chart.transform.log_abs_det_jacobian(z[name], theta[name]))
+            log_probs[name] = (
+                jnp.sum(jax.scipy.stats.norm.logpdf(z[name]))
+                if chart.is_gaussian
+                else jnp.sum(fn.log_prob(theta[name])) + log_dets[name]
+            )
+            return theta[name]
+
+        with numpyro.handlers.block():
+            substitute(self.model, substitute_fn=value_of)()
+        vector = jnp.concatenate([jnp.ravel(z[name]) for name in self.names])
+        return _Walk(vector, theta, sum(log_probs.values()), sum(log_dets.values()))
+
+
+class _Single:
+    """The model with one site, `theta`."""
+
+    def __init__(self, prior: dist.Distribution):
+        self.prior = prior
+
+    def __call__(self) -> Array:
+        return numpyro.sample(THETA, self.prior)
+
+
+def _find(model: Callable[[], Any]) -> dict[str, dist.Distribution]:
+    """The distributions of the latent sites, at one draw."""
+    recorded = trace(_Refuse(seed(model, jax.random.key(0)))).get_trace()
+    sites = {name: site["fn"] for name, site in recorded.items() if site["type"] == "sample"}
+    if not sites:
+        raise ValueError("prior must have a latent site, got a model with none")
+    return sites
+
+
+class _Refuse(Messenger):
+    """Raises at the sites that no prior may have, before they are drawn."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        name = msg["name"]
+        if msg["type"] == "plate" and msg["value"] is None:
+            raise ValueError(f"prior must draw no subsample, got plate {name!r}")
+        if msg["type"] != "sample":
+            return
+        kind = type(msg["fn"]).__name__
+        if msg["is_observed"]:
+            raise ValueError(
+                f"prior must have latent sites only, got the observed site {name!r}: leave the "
+                "likelihood to the simulator"
+            )
+        if isinstance(msg["fn"], dist.ImproperUniform):
+            raise ValueError(f"prior must be proper, got the improper site {name!r}")
+        if msg["fn"].support is None or msg["fn"].support.is_discrete:
+            raise ValueError(
+                f"prior must be continuous, got the discrete site {name!r} ({kind}): draw it in "
+                "the simulator"
+            )
+
+
+def _chart(fn: dist.Distribution) -> Chart:
+    transform = gaussianise(fn)
+    if transform is not None:
+        return Chart(transform, True)
+    if _is_real(fn.support):
+        return Chart(IdentityTransform(), False)
+    return Chart(biject_to(fn.support), False)
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support in (constraints.real, constraints.real_vector, constraints.real_matrix)
+
+
+def _law(
+    sites: dict[str, dist.Distribution],
+    charts: dict[str, Chart],
+    shapes: dict[str, tuple[int, ...]],
+) -> AbstractDenoiser | None:
+    """The denoiser of `z`, where it is known."""
+    if all(chart.is_gaussian for chart in charts.values()):
+        size = sum(map(size_of, shapes.values()))
+        return Gaussian(Moments(jnp.zeros(size), jnp.ones(size)))
+    (name, fn), *others = sites.items()
+    if others or fn.batch_shape or not isinstance(charts[name].transform, IdentityTransform):
+        return None
+    try:
+        law = law_of(fn)
+    except ValueError:
+        return None
+    return law if len(shapes[name]) == 1 else Flattened(law, shapes[name])

@@ -1,0 +1,175 @@
+"""The amortised posterior: one network, conditioned on any observation, as a `ScorePrior`."""
+
+import warnings
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from scoreprior._typing import Key
+from scoreprior._util import check_count, is_traced
+from scoreprior.denoise import AbstractDenoiser, Conditioned
+from scoreprior.flow import Flow
+from scoreprior.gaussian import Dense, Moments
+from scoreprior.prior import ScorePrior
+from scoreprior.sbi.conditional import Observed
+from scoreprior.sbi.embed import Standardise
+from scoreprior.sbi.parameters import Parameters
+from scoreprior.solver import AbstractSolver, LogRatioTime, Multistep
+from scoreprior.train import History
+
+NUM_PILOT = 512
+"""Draws of which the moments of a posterior are made."""
+
+LOWEST = 5.0
+"""Where the grid of noise levels becomes linear, in units of the smallest one."""
+
+
+class Posterior(eqx.Module):
+    """`p(z | x)` for any observation `x`, and `p(theta | x)` in the parameters of the prior.
+
+    `z` is the vector of `parameters`; `denoiser(z, sigma, context)` takes `context(x)`.
+    Densities are those of `z` with noise of standard deviation `sigma_min`. `moments` are those of
+    `z` under the prior, `standardise` the range of the observations in training.
+    """
+
+    parameters: Parameters
+    denoiser: AbstractDenoiser
+    standardise: Standardise
+    moments: Moments
+    sigma_min: float = eqx.field(static=True)
+    sigma_max: float = eqx.field(static=True)
+    max_items: int | None = eqx.field(static=True, default=None)
+    can_drop: bool = eqx.field(static=True, default=False)
+    solver: AbstractSolver | None = None
+    history: History | None = None
+
+    def context(self, x_o: Float[Array, "..."]) -> Observed:
+        """What the denoiser is told of `x_o` [*x], or of a set [n, *x] with `n <= max_items`.
+
+        Raises `ValueError` for another shape or for values that are not finite, and warns when
+        `x_o` lies outside the range of training: there a network says nothing that one may trust.
+        """
+        x = jnp.asarray(x_o, self.standardise.mean.dtype)
+        shape = self.standardise.mean.shape
+        known = jnp.asarray(True) if self.can_drop else None
+        if self.max_items is None:
+            if x.shape != shape:
+                raise ValueError(f"x_o must have shape {shape}, got {x.shape}")
+            _check_range(x, self.standardise.outside(x))
+            return Observed(x, None, known)
+        if x.shape[1:] != shape or x.ndim != len(shape) + 1:
+            raise ValueError(f"x_o must be a set of shape [n, *{shape}], got {x.shape}")
+        num = x.shape[0]
+        if not 1 <= num <= self.max_items:
+            raise ValueError(
+                f"x_o must hold from 1 to {self.max_items} items, as in training, got {num}"
+            )
+        outside = jax.vmap(self.standardise.outside)(x)
+        _check_range(x, outside.any(0))
+        padded = jnp.concatenate([x, jnp.zeros((self.max_items - num, *shape), x.dtype)])
+        return Observed(padded, jnp.arange(self.max_items) < num, known)
+
+    def condition(self, x_o: Float[Array, "..."]) -> ScorePrior:
+        """The posterior of `z` given `x_o`, a distribution for any model and engine.
+
+        Its flow is whitened by the moments of the posterior itself, of `NUM_PILOT` draws through
+        a flow that is whitened by those of the prior.
+        """
+        return self._score_prior(self.context(x_o))
+
+    def prior(self) -> ScorePrior:
+        """The prior of `z` as the network has learnt it; needs `drop > 0` in training."""
+        if not self.can_drop:
+            raise ValueError(
+                "prior() needs a network that was trained with drop > 0, got drop = 0; where the "
+                "prior is known in closed form it is parameters.law"
+            )
+        shape = self.standardise.mean.shape
+        some = () if self.max_items is None else (self.max_items,)
+        mask = None if self.max_items is None else jnp.ones(some, bool)
+        blank = jnp.broadcast_to(self.standardise.mean, (*some, *shape))
+        return self._score_prior(Observed(blank, mask, jnp.asarray(False)))
+
+    def sample(self, key: Key, x_o: Float[Array, "..."], num: int) -> PyTree[Array]:
+        """`num` draws of `theta` given `x_o`: an array [num, ...], or a dict of them."""
+        check_count("num", num)
+        flow = self.condition(x_o).flow
+        noise = jax.random.normal(key, (num, self.parameters.size), self.moments.mean.dtype)
+        return jax.vmap(self.parameters.from_vector)(push(flow, noise))
+
+    def log_prob(self, theta: PyTree[Array], x_o: Float[Array, "..."]) -> Float[Array, " num"]:
+        """Log density of draws `theta`, [num, ...] or a dict of them, given `x_o`, nats [num].
+
+        That of `z` over the Jacobian of `theta`; minus infinity is for `theta` at the very edge of
+        the support.
+        """
+        z = jax.vmap(self.parameters.to_vector)(theta)
+        log_det = jax.vmap(self.parameters.log_det)(z)
+        return self.condition(x_o).log_prob(z) - log_det
+
+    def _score_prior(self, context: Observed) -> ScorePrior:
+        denoiser = Conditioned(self.denoiser, context)
+        levels = (self.sigma_min, self.sigma_max)
+        return conditioned(denoiser, self.moments, levels, self.solver)
+
+
+def conditioned(
+    denoiser: AbstractDenoiser,
+    moments: Moments,
+    levels: tuple[float, float],
+    solver: AbstractSolver | None = None,
+) -> ScorePrior:
+    """The law that `denoiser` draws between two noise levels, whitened by its own moments.
+
+    Those are of `NUM_PILOT` draws of a flow whitened by `moments`, in which the law may be narrow
+    and far from the centre.
+    """
+    if solver is None:
+        solver = default_solver(moments, levels[0])
+    options = {"sigma_min": levels[0], "sigma_max": levels[1], "solver": solver}
+    own = _moments(Flow(denoiser, moments, **options))
+    return ScorePrior(Flow(denoiser, own, **options))
+
+
+def default_solver(moments: Moments, sigma_min: float) -> Multistep:
+    """One solver for all observations, so that a program compiled for one serves all.
+
+    A posterior may be much narrower than the prior, whose `moments` these are: steps are spread
+    evenly in `log sigma` down to `LOWEST` times `sigma_min`.
+    """
+    low = LOWEST * sigma_min
+    high = float(np.sqrt(np.max(np.asarray(moments.eigenvalues))))
+    return Multistep(30, LogRatioTime(low, max(high, 2 * low)))
+
+
+@eqx.filter_jit
+def push(flow: Flow, noise: Float[Array, "num size"]) -> Float[Array, "num size"]:
+    """Draws of the flow from noise."""
+    return jax.vmap(flow.to_data)(noise)
+
+
+@eqx.filter_jit
+def _moments(flow: Flow) -> Moments:
+    shape = (NUM_PILOT, *flow.event_shape)
+    noise = jax.random.normal(jax.random.key(0), shape, flow.moments.mean.dtype)
+    return Dense().fit(jax.vmap(flow.to_data)(noise))
+
+
+def _check_range(x: Array, outside: Any) -> None:
+    """Raise where `x` is not finite; warn where features lie outside the range of training."""
+    if is_traced(x) or is_traced(outside):
+        return
+    bad = int(jnp.sum(~jnp.isfinite(x)))
+    if bad:
+        raise ValueError(f"x_o must be finite, got {bad} of {x.size} values NaN or infinite")
+    num = int(jnp.sum(outside))
+    if num:
+        warnings.warn(
+            f"x_o lies outside the range of the training simulations in {num} of {outside.size} "
+            "features: the network extrapolates, and its posterior may be wrong without a sign",
+            stacklevel=4,
+        )

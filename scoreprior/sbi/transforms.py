@@ -1,0 +1,147 @@
+"""Bijections that make a NumPyro distribution standard normal.
+
+For a continuous law with distribution function `F` on the real line, `theta = F^-1(Phi(z))` has
+that law when `z ~ N(0, 1)` (the probability integral transform; Rosenblatt, Ann. Math. Stat. 23,
+1952, in one dimension). In the coordinates `z` the prior is a Gaussian, whose noised law, score and
+Tweedie covariance are known at every level.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import (
+    AbsTransform,
+    AffineTransform,
+    ComposeTransform,
+    IndependentTransform,
+    LowerCholeskyAffine,
+    Transform,
+)
+
+from scoreprior._typing import Array
+from scoreprior.sbi.quantiles import normal_score, quantile
+from scoreprior.sbi.tails import log_normal
+
+
+class ProbabilityIntegral(Transform):
+    """`theta = F^-1(Phi(z))`, entry by entry, for `F` the distribution function of `law`.
+
+    `log |dtheta/dz| = log N(z; 0, 1) - log p(theta)`. The inverse `Phi^-1(F(theta))` is infinite at
+    the ends of the support and NaN beyond them. Where `theta` is too close to an end for its dtype,
+    it rounds to the end, and the way back is infinite.
+
+    Both tails are precise for Beta, Cauchy, Exponential, Gamma, Gompertz, Gumbel, HalfCauchy,
+    HalfNormal, Laplace, Logistic, SoftLaplace, StudentT, Uniform, Weibull and truncated Normal
+    laws. Any other law uses its own `icdf` and `cdf`, and `theta` is the upper end, possibly
+    infinite, once `Phi(z)` rounds to one: from `z = 5.4` in single precision, from 8.3 in double.
+    Quantiles of Beta, Gamma and StudentT are solved for; they are differentiable in `z`, those of
+    Gamma in its parameters too, and the other two raise there.
+
+    **Arguments:** `law`, a continuous NumPyro distribution of scalars, of any batch shape.
+    """
+
+    domain = constraints.real
+
+    def __init__(self, law: dist.Distribution):
+        self.law = law
+
+    @property
+    def codomain(self) -> Any:
+        return self.law.support
+
+    @property
+    def sign(self) -> float:
+        return 1.0
+
+    def __call__(self, x: Array) -> Array:
+        return quantile(self.law, x)
+
+    def _inverse(self, y: Array) -> Array:
+        return jnp.where(self.law.support(y), normal_score(self.law, y), jnp.nan)
+
+    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
+        return log_normal(x) - self.law.log_prob(y)
+
+    def tree_flatten(self) -> Any:
+        return (self.law,), (("law",), {})
+
+    def eq(self, other: object, static: bool = False) -> Any:
+        if not isinstance(other, ProbabilityIntegral):
+            return False
+        (mine, mine_of), (its, its_of) = jax.tree.flatten(self.law), jax.tree.flatten(other.law)
+        if mine_of != its_of:
+            return False
+        same = [jnp.array_equal(a, b) for a, b in zip(mine, its, strict=True)]
+        return all(map(bool, same)) if static else jnp.all(jnp.array(same))
+
+
+def gaussianise(distribution: dist.Distribution) -> Transform | None:
+    """The bijection `T` with `T(z)` of this law for `z ~ N(0, I)`, of the same shape as an event.
+
+    Affine for Gaussians; for a `TransformedDistribution`, its own transforms after that of its
+    base; `ProbabilityIntegral` for independent scalars whose distribution function and quantiles
+    are known. `None` where none of these exists: mixtures, discrete laws, laws whose draws have
+    other dimensions than their Gaussian.
+    """
+    if not isinstance(distribution, dist.Distribution):
+        raise TypeError(f"distribution must be a NumPyro distribution, got {distribution!r}")
+    if isinstance(distribution, dist.Independent):
+        base = gaussianise(distribution.base_dist)
+        ndims = distribution.reinterpreted_batch_ndims
+        return None if base is None else IndependentTransform(base, ndims)
+    if isinstance(distribution, dist.ExpandedDistribution):
+        return gaussianise(distribution.base_dist)
+    if isinstance(distribution, dist.Normal):
+        return AffineTransform(*map(_floating, (distribution.loc, distribution.scale)))
+    if isinstance(distribution, dist.MultivariateNormal | dist.LowRankMultivariateNormal):
+        return LowerCholeskyAffine(distribution.loc, distribution.scale_tril)
+    if isinstance(distribution, dist.GaussianRandomWalk):
+        num, scale = distribution.num_steps, _floating(distribution.scale)[..., None, None]
+        steps = jnp.tril(jnp.ones((num, num), scale.dtype))
+        return LowerCholeskyAffine(jnp.zeros(num, scale.dtype), scale * steps)
+    if isinstance(distribution, dist.TransformedDistribution):
+        return _transformed(distribution)
+    return ProbabilityIntegral(distribution) if _has_quantiles(distribution) else None
+
+
+def _transformed(distribution: dist.TransformedDistribution) -> Transform | None:
+    shape = (*distribution.batch_shape, *distribution.event_shape)
+    parts, base = distribution.transforms, gaussianise(distribution.base_dist)
+    keeps_shape = ComposeTransform(parts).inverse_shape(shape) == shape
+    if base is None or not keeps_shape or any(map(_folds, parts)):
+        return None
+    return ComposeTransform([base, *parts])
+
+
+def _floating(value: Any) -> Array:
+    return jnp.asarray(value, jnp.result_type(value, float))
+
+
+def _folds(transform: Transform) -> bool:
+    """Whether an `AbsTransform` is among these: it has an inverse method, and is no bijection."""
+    if isinstance(transform, IndependentTransform):
+        return _folds(transform.base_transform)
+    if isinstance(transform, ComposeTransform):
+        return any(map(_folds, transform.parts))
+    return isinstance(transform, AbsTransform)
+
+
+def _has_quantiles(law: dist.Distribution) -> bool:
+    """Whether `law` is a continuous law of scalars that says its `cdf` and `icdf`."""
+    if law.event_shape or law.support is None or law.is_discrete:
+        return False
+    if quantile.dispatch(type(law)) is not quantile.dispatch(object):
+        return True
+    half = jnp.full(law.batch_shape, 0.5)
+    try:
+        jax.eval_shape(lambda q: law.cdf(law.icdf(q)), half)
+    # Those quantiles that NumPyro leaves to a package which is not there raise `ImportError`.
+    except (NotImplementedError, ImportError):
+        return False
+    return True
+
+
+__all__ = ["ProbabilityIntegral", "gaussianise"]
