@@ -31,6 +31,7 @@ from scoreprior.feynman_kac import (
 )
 from scoreprior.flow import Flow, LogRatioTime, Multistep
 from scoreprior.prior import ScorePrior
+from scoreprior.sbi.bridge import find_bridge
 
 
 class Product(Composition):
