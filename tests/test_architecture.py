@@ -22,7 +22,8 @@ LADDER = (
     {"composition", "io", "prior"},
     {"_psis", "_run", "_slice", "guide", "problem"},
     {"mcmc", "smc", "vi"},
-    {"check", "compare", "infer", "plot", "sbi"},
+    {"check", "compare", "infer", "plot"},
+    {"sbi"},
     {"cli"},
 )
 RUNG = {name: rung for rung, names in enumerate(LADDER) for name in names}

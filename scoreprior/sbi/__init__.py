@@ -3,6 +3,7 @@
 from scoreprior.sbi.amortise import NPSE
 from scoreprior.sbi.compose import Product, compose
 from scoreprior.sbi.embed import Flat, SetEncoder, Standardise
+from scoreprior.sbi.hierarchical import draw_local, infer_hierarchical, joined, local_data
 from scoreprior.sbi.joint import JointNPSE, JointPosterior
 from scoreprior.sbi.laws import law_of
 from scoreprior.sbi.parameters import Parameters
@@ -32,6 +33,10 @@ __all__ = [
     "Sum",
     "annealed_langevin",
     "compose",
+    "draw_local",
     "gaussianise",
+    "infer_hierarchical",
+    "joined",
     "law_of",
+    "local_data",
 ]
