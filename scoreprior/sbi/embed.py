@@ -36,8 +36,10 @@ class Standardise(eqx.Module):
         mean, scale = jnp.where(constant, x[0], mean), jnp.where(constant, 1.0, sd)
         return cls(mean, scale, (x.min(0) - mean) / scale, (x.max(0) - mean) / scale)
 
-    def __call__(self, x: Float[Array, "*x"]) -> Float[Array, "*x"]:
-        return (x - self.mean) / self.scale
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Standardised `x` [*x], or a set of them [n, *x]."""
+        lead = (None,) * (x.ndim - self.mean.ndim)
+        return (x - self.mean[lead]) / self.scale[lead]
 
     def outside(self, x: Float[Array, "*x"]) -> Bool[Array, "*x"]:
         """Which features lie beyond all of training's, or are not finite."""

@@ -176,28 +176,38 @@ class JointPosterior(eqx.Module):
         x = jnp.asarray(observed.get(X, jnp.full_like(self.standardise.mean, jnp.nan)))
         if x.shape != self.standardise.mean.shape:
             raise ValueError(f"x must have shape {self.standardise.mean.shape}, got {x.shape}")
-        vector = jnp.concatenate([self._vector(observed), self.standardise(x).ravel()])
-        mask = ~jnp.isnan(vector)
+        z, is_given = self._vector(observed)
+        c = self.standardise(x).ravel()
+        vector, mask = jnp.concatenate([z, c]), jnp.concatenate([is_given, ~jnp.isnan(c)])
         if mask.all():
             raise ValueError("observed must leave an entry to be inferred, got all of them")
         return Masked(jnp.where(mask, vector, 0.0), mask)
 
-    def _vector(self, observed: Mapping[str, Any]) -> Array:
-        """`z`, NaN where not observed."""
-        blank = self.parameters.from_vector(jnp.zeros(self.parameters.size))
-        blank = blank if self.parameters.is_model else {THETA: blank}
-        theta = {
-            name: jnp.asarray(observed.get(name, jnp.full(jnp.shape(value), jnp.nan)))
-            for name, value in blank.items()
-        }
-        z = self.parameters.to_vector(theta if self.parameters.is_model else theta[THETA])
-        given = sum(int(jnp.sum(~jnp.isnan(value))) for value in theta.values())
-        if given != int(jnp.sum(~jnp.isnan(z))):
+    def _vector(self, observed: Mapping[str, Any]) -> tuple[Array, Array]:
+        """`z`, and which of its entries the observed values fix."""
+        # What is not observed is filled in twice: entries that agree do not depend on it.
+        fillings = (self._fill(observed, level) for level in (0.0, 0.5))
+        (first, num_given), (second, _) = fillings
+        fixed = first == second
+        if num_given != int(jnp.sum(fixed)):
             raise ValueError(
                 "observed parameters must have coordinates of their own, independent of parameters "
-                f"that are not observed, got {given} observed values of {list(observed)}"
+                f"that are not observed, got {num_given} observed values of {list(observed)}"
             )
-        return z
+        return first, fixed
+
+    def _fill(self, observed: Mapping[str, Any], level: float) -> tuple[Array, int]:
+        """`z` of the observed values among others, whose own `z` is `level`; how many there are."""
+        parameters = self.parameters
+        theta = parameters.from_vector(jnp.full(parameters.size, level))
+        theta, num_given = theta if parameters.is_model else {THETA: theta}, 0
+        for name in observed.keys() & theta.keys():
+            given = jnp.asarray(observed[name])
+            if given.shape != theta[name].shape:
+                raise ValueError(f"{name} must have shape {theta[name].shape}, got {given.shape}")
+            theta[name] = jnp.where(jnp.isnan(given), theta[name], given)
+            num_given += int(jnp.sum(~jnp.isnan(given)))
+        return parameters.to_vector(theta if parameters.is_model else theta[THETA]), num_given
 
     def condition(self, observed: Mapping[str, Any]) -> ScorePrior:
         """The law of the entries that are not observed, in the order of the joint vector [k]."""
@@ -260,10 +270,10 @@ class JointNPSE(eqx.Module):
         self,
         *,
         key: Key,
-        num_steps: int = 20_000,
+        num_steps: int = 30_000,
         batch_size: int = 256,
         peak: float = 1e-3,
-        weight_decay: float = 0.01,
+        weight_decay: float = 0.3,
         held_out: float = 0.1,
         patience: int | None = 20,
         checkpoint: str | Path | None = None,
