@@ -10,9 +10,9 @@ apart. Beside it published means: NPE (Lueckmann et al. 2021), NPSE with a varia
 diffusion and Simformer (Gloeckler et al. 2024, read off figure 3), and the best of eight
 configurations of GenSBI's transformers, where given.
 
-Needs `pip install scoreprior[bench]` (sbibm-jax). CPU: five to ten minutes of training per task, and
-of the classifier 30 seconds per observation in two dimensions, seven minutes in ten; --draws takes
-fewer. A stopped program goes on where it was.
+Needs `pip install scoreprior[bench]` (sbibm-jax). CPU: five to ten minutes of training per task;
+the classifier takes 30 seconds per observation in two dimensions and seven minutes in ten, less
+with fewer --draws. A stopped program goes on where it was.
 """
 
 import time

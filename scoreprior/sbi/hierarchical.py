@@ -27,6 +27,7 @@ from scoreprior.infer import infer
 from scoreprior.sbi.compose import compose
 from scoreprior.sbi.parameters import Parameters
 from scoreprior.sbi.posterior import Posterior, default_solver
+from scoreprior.solver import AbstractSolver
 
 BATCH_SIZE = 1024
 """Pairs of a draw and an observation whose local parameters are drawn side by side."""
@@ -118,14 +119,15 @@ def draw_local(
     check_count("observations", len(observations))
     num, n = len(z), len(observations)
     pairs = jnp.repeat(z, n, 0), jnp.tile(observations, (num, *(1,) * (observations.ndim - 1)))
-    draws = _draw_pairs(local, *pairs, jax.random.split(key, num * n))
+    solver = local.solver or default_solver(local.moments, local.sigma_min)
+    draws = _draw_pairs(local, solver, *pairs, jax.random.split(key, num * n))
     return jax.tree.map(lambda leaf: leaf.reshape(num, n, *leaf.shape[1:]), draws)
 
 
 @eqx.filter_jit
-def _draw_pairs(local: Posterior, z: Array, x: Array, keys: Array) -> PyTree[Array]:
-    solver = local.solver or default_solver(local.moments, local.sigma_min)
-
+def _draw_pairs(
+    local: Posterior, solver: AbstractSolver, z: Array, x: Array, keys: Array
+) -> PyTree[Array]:
     def one(pair: tuple[Array, Array, Array]) -> PyTree[Array]:
         z, x, key = pair
         denoiser = Conditioned(local.denoiser, local.context(joined(x, z)))
