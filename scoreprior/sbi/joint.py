@@ -120,9 +120,10 @@ class JointLoss(AbstractLoss):
     ) -> Scalar:
         sigma = self.levels(u)
         noisy = x + sigma * jax.random.normal(key, x.shape, x.dtype)
-        _, spread = denoiser.gaussian(noisy, sigma, context.observed)  # type: ignore[attr-defined]
+        observed = context.observed  # type: ignore[union-attr]
+        _, spread = denoiser.gaussian(noisy, sigma, observed)  # type: ignore[attr-defined]
         error = (denoiser(noisy, sigma, context) - x) / spread
-        return jnp.mean(jnp.where(context.observed, 0.0, error**2))
+        return jnp.mean(jnp.where(observed, 0.0, error**2))
 
 
 class Unobserved(AbstractDenoiser):
@@ -222,7 +223,8 @@ class JointPosterior(eqx.Module):
         """`num` draws of everything given what is observed: sites and `"x"`, each [num, ...]."""
         check_count("num", num)
         flow = self.condition(observed).flow
-        context, index = self.context(observed), flow.denoiser.index
+        context = self.context(observed)
+        index = jnp.flatnonzero(~context.observed)
         noise = jax.random.normal(key, (num, *flow.event_shape), self.moments.mean.dtype)
         drawn = push(flow, noise)
         full = jnp.broadcast_to(context.value, (num, self.size)).at[:, index].set(drawn)
@@ -270,12 +272,12 @@ class JointNPSE(eqx.Module):
         self,
         *,
         key: Key,
-        num_steps: int = 30_000,
+        num_steps: int = 20_000,
         batch_size: int = 256,
         peak: float = 1e-3,
-        weight_decay: float = 0.3,
+        weight_decay: float = 0.1,
         held_out: float = 0.1,
-        patience: int | None = 20,
+        patience: int | None = None,
         checkpoint: str | Path | None = None,
         progress: bool = True,
     ) -> JointPosterior:

@@ -88,17 +88,14 @@ class Parameters(eqx.Module):
         Raises `TypeError` for anything else and `ValueError` for a model with an observed, discrete
         or improper site or with a plate that draws a subsample, naming it.
         """
-        is_model = not isinstance(prior, dist.Distribution)
-        if is_model and not callable(prior):
+        if isinstance(prior, dist.Distribution):
+            model, is_model = _Single(prior), False
+        elif callable(prior):
+            model, is_model = prior, True
+        else:
             raise TypeError(
                 f"prior must be a NumPyro distribution or a model of no argument, got {prior!r}"
             )
-        if not is_model and prior.batch_shape:
-            raise ValueError(
-                f"prior must have no batch shape, got {prior.batch_shape}: make it an event with "
-                f"prior.to_event({len(prior.batch_shape)})"
-            )
-        model = prior if is_model else _Single(prior)
         sites = _find(model)
         charts = {name: _chart(fn) for name, fn in sites.items()}
         shapes = {name: charts[name].transform.inverse_shape(sites[name].shape()) for name in sites}
@@ -184,13 +181,19 @@ class Parameters(eqx.Module):
         with numpyro.handlers.block():
             substitute(self.model, substitute_fn=value_of)()
         vector = jnp.concatenate([jnp.ravel(z[name]) for name in self.names])
-        return _Walk(vector, theta, sum(log_probs.values()), sum(log_dets.values()))
+        totals = (jnp.sum(jnp.stack(list(each.values()))) for each in (log_probs, log_dets))
+        return _Walk(vector, theta, *totals)
 
 
 class _Single:
     """The model with one site, `theta`."""
 
     def __init__(self, prior: dist.Distribution):
+        if prior.batch_shape:
+            raise ValueError(
+                f"prior must have no batch shape, got {prior.batch_shape}: make it an event with "
+                f"prior.to_event({len(prior.batch_shape)})"
+            )
         self.prior = prior
 
     def __call__(self) -> Array:
