@@ -328,5 +328,5 @@ def test_errors_say_what_is_wrong():
     product = sbi.compose([one, one], PRIOR)
     with pytest.raises(ValueError, match="batch_size must be at most the 2 observations, got 3"):
         sbi.Damped(product, batch_size=3)
-    with pytest.raises(ValueError, match=r"last must lie in \(0, 1\], got 0"):
-        sbi.Damped(product, last=0)
+    with pytest.raises(ValueError, match=r"last must lie in \(0, 1\], got 0.0"):
+        sbi.Damped(product, last=0.0)

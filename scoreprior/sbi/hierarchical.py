@@ -114,7 +114,7 @@ def draw_local(
 ) -> PyTree[Array]:
     """One draw of the local parameters for every shared `z` and observation: leaves [num, n, ...].
 
-    By the flow whitened by the moments of the local prior, one for all.
+    By a flow with the covariance of the local prior about the mean of each posterior.
     """
     check_count("observations", len(observations))
     num, n = len(z), len(observations)
@@ -131,8 +131,12 @@ def _draw_pairs(
     def one(pair: tuple[Array, Array, Array]) -> PyTree[Array]:
         z, x, key = pair
         denoiser = Conditioned(local.denoiser, local.context(joined(x, z)))
+        # The noise starts about the posterior mean, which is what the denoiser says far out:
+        # about the prior's, draws would be off by the distance over sigma_max.
+        mean = denoiser(local.moments.mean, jnp.asarray(local.sigma_max, x.dtype))
+        moments = eqx.tree_at(lambda m: m.mean, local.moments, mean)
         levels = {"sigma_min": local.sigma_min, "sigma_max": local.sigma_max}
-        flow = Flow(denoiser, local.moments, solver=solver, **levels)
+        flow = Flow(denoiser, moments, solver=solver, **levels)
         noise = jax.random.normal(key, flow.event_shape, local.moments.mean.dtype)
         return local.parameters.from_vector(flow.to_data(noise))
 
