@@ -1,0 +1,181 @@
+"""Black boxes on a Dask cluster: batches of draws out, replies in, in whatever order.
+
+A batch is a task. When its worker dies Dask gives it to another one; when several died of it, its
+draws become tasks of their own, so that only the guilty one is given up.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from scoreprior.sbi.store import Arrived
+from scoreprior.sbi.worker import Call, Reply, Status, simulate_batch
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+TASK_SECONDS = 0.5
+MAX_BATCH = 1000
+NUM_AHEAD = 2  # tasks sent to each thread of a worker, so that none waits for the next one
+
+
+class Job(NamedTuple):
+    """One simulator at work.
+
+    `thetas` and `seeds` are those of all draws, by number; `shape` is that of `x` as far as known.
+    """
+
+    call: Call
+    retries: int
+    batch_size: int | None
+    thetas: Sequence[Any]
+    seeds: Sequence[int]
+    shape: tuple[int, ...] | None
+    dtype: np.dtype
+
+
+@contextmanager
+def connect(scheduler: "str | Client | None", num_workers: int | None) -> "Iterator[Client]":
+    """A client of `scheduler`, or of a cluster of `num_workers` local processes for a while."""
+    distributed = import_distributed()
+    if isinstance(scheduler, distributed.Client):
+        yield scheduler
+    elif scheduler is not None:
+        with distributed.Client(scheduler, set_as_default=False) as client:
+            yield client
+    else:
+        with (
+            distributed.LocalCluster(
+                n_workers=num_workers, threads_per_worker=1, processes=True, dashboard_address=None
+            ) as cluster,
+            distributed.Client(cluster, set_as_default=False) as client,
+        ):
+            yield client
+
+
+def import_distributed() -> Any:
+    """The package, an extra; raises `ImportError`, naming the extra, where it is missing."""
+    try:
+        import distributed
+    except ImportError as error:
+        raise ImportError(
+            "black boxes run on dask.distributed: pip install 'scoreprior[sbi]'"
+        ) from error
+    return distributed
+
+
+def run(client: "Client", job: Job, pending: np.ndarray) -> Iterator[Arrived]:
+    """Simulate the draws `pending`, and yield them batch by batch as they arrive.
+
+    The first value that arrives says the shape of `x` where `job.shape` is `None`. Tasks that still
+    run are cancelled when the iteration is given up.
+    """
+    from distributed import KilledWorker, as_completed
+
+    waiting, sent, pace = deque(pending.tolist()), {}, _Pace(job.batch_size)
+    threads, shape = _Threads(client), job.shape
+    completed = as_completed(loop=client.loop)
+
+    def send(index: list[int]) -> None:
+        future = client.submit(
+            simulate_batch,
+            job.call,
+            [job.seeds[i] for i in index],
+            [job.thetas[i] for i in index],
+            job.retries,
+            pure=False,
+        )
+        sent[future] = index
+        completed.add(future)
+
+    def top_up() -> None:
+        while waiting and len(sent) < NUM_AHEAD * threads.count():
+            send([waiting.popleft() for _ in range(min(pace.batch(), len(waiting)))])
+
+    try:
+        top_up()
+        for future in completed:
+            index = sent.pop(future)
+            try:
+                replies, seconds = future.result()
+                pace.note(len(index), seconds)
+            except KilledWorker as error:
+                if len(index) > 1:
+                    for i in index:
+                        send([i])
+                    continue
+                replies = [Reply(Status.WORKER_LOST, None, f"several workers died of it: {error}")]
+            top_up()
+            arrived, shape = _arrived(index, replies, shape, job.dtype)
+            yield arrived
+    finally:
+        if client.status == "running":
+            client.cancel(list(sent))
+
+
+def _arrived(
+    index: list[int], replies: list[Reply], shape: tuple[int, ...] | None, dtype: np.dtype
+) -> tuple[Arrived, tuple[int, ...] | None]:
+    """Replies as rows, and the shape of `x` if it is known now."""
+    status = np.array([reply.status for reply in replies], np.uint8)
+    messages = {i: reply.message for i, reply in zip(index, replies, strict=True) if reply.message}
+    if shape is None:
+        shape = next((r.value.shape for r in replies if r.value is not None), None)
+    if shape is None:
+        return Arrived(np.array(index), status, None, messages), None
+    x = np.full((len(index), *shape), np.nan, dtype)
+    for row, (i, reply) in enumerate(zip(index, replies, strict=True)):
+        if reply.value is None:
+            continue
+        if reply.value.shape == shape:
+            # What is too large for the type of x becomes infinite, and is counted as that.
+            with np.errstate(over="ignore"):
+                x[row] = reply.value
+        else:
+            status[row] = Status.WRONG_SHAPE
+            messages[i] = f"x of shape {reply.value.shape}, others are of shape {shape}"
+    return Arrived(np.array(index), status, x, messages), shape
+
+
+class _Pace:
+    """Draws per task, such that a task takes about `TASK_SECONDS`; one until a time is known."""
+
+    def __init__(self, batch_size: int | None):
+        self._batch_size = batch_size
+        self._seconds = 0.0  # per draw
+        self._is_known = False
+
+    def batch(self) -> int:
+        if self._batch_size is not None:
+            return self._batch_size
+        if not self._is_known:
+            return 1
+        return int(np.clip(TASK_SECONDS / max(self._seconds, 1e-9), 1, MAX_BATCH))
+
+    def note(self, num: int, seconds: float) -> None:
+        new = seconds / num
+        # The first draws pay for imports and compilation, so the latest ones count most.
+        self._seconds = (self._seconds + new) / 2 if self._is_known else new
+        self._is_known = True
+
+
+class _Threads:
+    """How many draws can be made at once: asked now and then, for workers come and go."""
+
+    def __init__(self, client: "Client"):
+        self._client = client
+        self._time = -np.inf
+        self._count = 1
+
+    def count(self) -> int:
+        if time.perf_counter() > self._time + 1:
+            self._count = max(sum(self._client.nthreads().values()), 1)
+            self._time = time.perf_counter()
+        return self._count
+
+
+__all__ = ["Job", "connect", "import_distributed", "run"]
