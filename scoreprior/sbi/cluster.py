@@ -4,15 +4,18 @@ A batch is a task. When its worker dies Dask gives it to another one; when sever
 draws become tasks of their own, so that only the guilty one is given up.
 """
 
+import functools
+import pickle
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from scoreprior.sbi.store import Arrived
+from scoreprior.sbi import worker
 from scoreprior.sbi.worker import Call, Reply, Status, simulate_batch
 
 if TYPE_CHECKING:
@@ -78,15 +81,14 @@ def run(client: "Client", job: Job, pending: np.ndarray) -> Iterator[Arrived]:
 
     waiting, sent, pace = deque(pending.tolist()), {}, _Pace(job.batch_size)
     threads, shape = _Threads(client), job.shape
+    simulate = ByValue(functools.partial(simulate_batch, job.call, job.retries))
     completed = as_completed(loop=client.loop)
 
     def send(index: list[int]) -> None:
         future = client.submit(
-            simulate_batch,
-            job.call,
+            simulate,
             [job.seeds[i] for i in index],
             [job.thetas[i] for i in index],
-            job.retries,
             pure=False,
         )
         sent[future] = index
@@ -108,7 +110,7 @@ def run(client: "Client", job: Job, pending: np.ndarray) -> Iterator[Arrived]:
                     for i in index:
                         send([i])
                     continue
-                replies = [Reply(Status.WORKER_LOST, None, f"several workers died of it: {error}")]
+                replies = [(Status.WORKER_LOST, None, f"several workers died of it: {error}")]
             top_up()
             arrived, shape = _arrived(index, replies, shape, job.dtype)
             yield arrived
@@ -121,24 +123,44 @@ def _arrived(
     index: list[int], replies: list[Reply], shape: tuple[int, ...] | None, dtype: np.dtype
 ) -> tuple[Arrived, tuple[int, ...] | None]:
     """Replies as rows, and the shape of `x` if it is known now."""
-    status = np.array([reply.status for reply in replies], np.uint8)
-    messages = {i: reply.message for i, reply in zip(index, replies, strict=True) if reply.message}
+    status = np.array([reply[0] for reply in replies], np.uint8)
+    messages = {i: text for i, (_, _, text) in zip(index, replies, strict=True) if text}
     if shape is None:
-        shape = next((r.value.shape for r in replies if r.value is not None), None)
+        shape = next((value.shape for _, value, _ in replies if value is not None), None)
     if shape is None:
         return Arrived(np.array(index), status, None, messages), None
     x = np.full((len(index), *shape), np.nan, dtype)
-    for row, (i, reply) in enumerate(zip(index, replies, strict=True)):
-        if reply.value is None:
+    for row, (i, (_, value, _)) in enumerate(zip(index, replies, strict=True)):
+        if value is None:
             continue
-        if reply.value.shape == shape:
+        if value.shape == shape:
             # What is too large for the type of x becomes infinite, and is counted as that.
             with np.errstate(over="ignore"):
-                x[row] = reply.value
+                x[row] = value
         else:
             status[row] = Status.WRONG_SHAPE
-            messages[i] = f"x of shape {reply.value.shape}, others are of shape {shape}"
+            messages[i] = f"x of shape {value.shape}, others are of shape {shape}"
     return Arrived(np.array(index), status, x, messages), shape
+
+
+class ByValue:
+    """A function of `worker` that workers unpickle without importing this package."""
+
+    def __init__(self, function: Callable[..., Any]):
+        import cloudpickle
+
+        cloudpickle.register_pickle_by_value(worker)
+        try:
+            self._payload = cloudpickle.dumps(function)
+        finally:
+            cloudpickle.unregister_pickle_by_value(worker)
+
+    def __call__(self, *args: Any) -> Any:
+        """For Dask, which wants a callable; what is called is what unpickling gives."""
+        return pickle.loads(self._payload)(*args)
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+        return pickle.loads, (self._payload,)
 
 
 class _Pace:
@@ -178,4 +200,4 @@ class _Threads:
         return self._count
 
 
-__all__ = ["Job", "connect", "import_distributed", "run"]
+__all__ = ["ByValue", "Job", "connect", "import_distributed", "run"]

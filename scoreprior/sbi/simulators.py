@@ -10,6 +10,7 @@ import hashlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -21,7 +22,7 @@ from jaxtyping import Array, Int, PyTree
 
 from scoreprior._typing import Key
 from scoreprior._util import check_count, check_positive
-from scoreprior.sbi import cluster
+from scoreprior.sbi import child, cluster
 from scoreprior.sbi.store import Arrived
 from scoreprior.sbi.worker import (
     Call,
@@ -77,7 +78,7 @@ class JaxSimulator(AbstractSimulator):
 
     def __post_init__(self) -> None:
         if not callable(self.function):
-            raise TypeError(f"function must be callable, function(key, theta), got {self.function}")
+            raise TypeError(f"function must be function(key, theta), got {self.function!r}")
         check_count("chunk_size", self.chunk_size)
 
     def identity(self, theta: PyTree[np.ndarray], key: Key) -> dict[str, Any]:
@@ -203,7 +204,7 @@ class AbstractBlackBox(AbstractSimulator):
             finally:
                 owner = self._owner()
                 if owner is not None and client.status == "running":
-                    client.run(stop_processes, owner, on_error="ignore")
+                    client.run(cluster.ByValue(stop_processes), owner, on_error="ignore")
 
 
 @dataclass(frozen=True)
@@ -252,8 +253,9 @@ class BlackBox(AbstractBlackBox):
 
     def _call(self) -> Call:
         if self.timeout is None:
-            return functools.partial(call_here, self.function)
-        return functools.partial(call_in_child, _pickled(self.function), self.timeout)
+            return functools.partial(call_here, _pickled(self.function))
+        script = Path(child.__file__).read_text()
+        return functools.partial(call_in_child, script, _pickled(self.function), self.timeout)
 
     def _owner(self) -> bytes | None:
         return None if self.timeout is None else _pickled(self.function)
@@ -299,9 +301,9 @@ def seeds(key: Key, num: int) -> list[int]:
 
 
 def _pickled(function: Callable[..., Any]) -> bytes:
-    from distributed.protocol.pickle import dumps
+    import cloudpickle
 
-    return dumps(function)
+    return cloudpickle.dumps(function)
 
 
 def _name(function: Any) -> str:

@@ -1,7 +1,7 @@
 """Where simulations are kept: a table in memory, and a Zarr group on disk that follows it.
 
-Draw `i` has row `i` of every array, so that the order in which draws arrive leaves no trace. Rows of
-`status` are written after those of `x` that they speak of, and files are replaced atomically (by
+Draw `i` has row `i` of every array, so that the order in which draws arrive leaves no trace. Rows
+of `status` are written after those of `x` that they speak of, and files are replaced atomically (by
 Zarr from 3.1.3 on): after a kill every row whose status is not `PENDING` is whole.
 """
 

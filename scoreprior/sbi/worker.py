@@ -1,8 +1,11 @@
 """What workers do: one call of a black box per draw, which never raises but replies.
 
-A worker needs this package, and what the black box itself imports.
+This module is sent to workers by value, and imports nothing but NumPy: a worker need not have this
+package, nor take the time to import it. Functions sent with one task are not those of the next, so
+what must last from task to task has a place of its own in the process, `_lasting()`.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -12,10 +15,10 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,20 +35,15 @@ class Status(IntEnum):
     WORKER_LOST = 6
 
 
-class Reply(NamedTuple):
-    """`value` is there if `status` is `DONE`, and `message` if not."""
-
-    status: Status
-    value: np.ndarray | None
-    message: str
-
+Reply = tuple[int, np.ndarray | None, str]
+"""A status, a value where that is `DONE`, and a message where it is not."""
 
 Call = Callable[[int, Any], Reply]
 """One call of a black box, `call(seed, theta)`."""
 
 
 def simulate_batch(
-    call: Call, seeds: Sequence[int], thetas: Sequence[Any], retries: int
+    call: Call, retries: int, seeds: Sequence[int], thetas: Sequence[Any]
 ) -> tuple[list[Reply], float]:
     """Replies to several draws, each tried `1 + retries` times with one seed, and their seconds."""
     start = time.perf_counter()
@@ -53,35 +51,49 @@ def simulate_batch(
     for seed, theta in zip(seeds, thetas, strict=True):
         reply = call(seed, theta)
         for _ in range(retries):
-            if reply.status == Status.DONE:
+            if reply[0] == Status.DONE:
                 break
             reply = call(seed, theta)
         replies.append(reply)
     return replies, time.perf_counter() - start
 
 
-def call_here(function: Callable[[int, Any], Any], seed: int, theta: Any) -> Reply:
-    """`function(seed, theta)` in this process."""
+def call_here(payload: bytes, seed: int, theta: Any) -> Reply:
+    """The pickled function `payload` of `(seed, theta)`, in this process."""
     try:
-        return Reply(Status.DONE, np.asarray(function(seed, theta), dtype=float), "")
+        function = _lasting().function
+        if function is None or function[0] != payload:
+            function = _lasting().function = (payload, pickle.loads(payload))
+        return _done(function[1](seed, theta))
     except (Exception, SystemExit) as error:
-        return Reply(Status.ERROR, None, f"{type(error).__name__}: {error}")
+        return _failed(f"{type(error).__name__}: {error}")
 
 
-_PROCESSES: dict[subprocess.Popen[Any], Any] = {}  # those that run now, and what for
+def stop_processes(owner: Any) -> None:
+    """Kill what this worker runs for `owner`, a pickled function or a command."""
+    for process, other in list(_lasting().processes.items()):
+        if other == owner:
+            _kill(process)
 
 
-def _start(words: Sequence[str], owner: Any, **pipes: Any) -> subprocess.Popen[Any]:
+def _lasting() -> Any:
+    """What lasts: the function of `call_here`; processes with their owners; children by thread."""
+    place = types.ModuleType("_scoreprior_worker")
+    place.__dict__.update(function=None, processes={}, children={})
+    return sys.modules.setdefault(place.__name__, place)
+
+
+def _start(words: Sequence[str], owner: Any, **pipes: Any) -> Any:
     process = subprocess.Popen(
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, **pipes
     )
-    _PROCESSES[process] = owner
+    _lasting().processes[process] = owner
     return process
 
 
-def _kill(process: subprocess.Popen[Any]) -> None:
+def _kill(process: Any) -> None:
     """Kill a process and those it started, which are of its session, and wait for it."""
-    _PROCESSES.pop(process, None)
+    _lasting().processes.pop(process, None)
     if process.poll() is None:
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
@@ -90,21 +102,20 @@ def _kill(process: subprocess.Popen[Any]) -> None:
         process.wait()
 
 
-def stop_processes(owner: Any) -> None:
-    """Kill what this worker runs for `owner`, a pickled function or a command."""
-    for process, other in list(_PROCESSES.items()):
-        if other == owner:
-            _kill(process)
+def _done(value: Any) -> Reply:
+    return int(Status.DONE), np.asarray(value, dtype=float), ""
+
+
+def _failed(message: str, status: Status = Status.ERROR) -> Reply:
+    return int(status), None, message
 
 
 class Child:
     """A process that calls a pickled function, and is killed when a call takes too long."""
 
-    def __init__(self, payload: bytes):
+    def __init__(self, script: str, payload: bytes):
         self.payload = payload
-        # The script runs without this package, and `-P` keeps its folder out of the path.
-        script = Path(__file__).with_name("child.py")
-        self._process = _start([sys.executable, "-P", str(script)], payload)
+        self._process = _start([sys.executable, "-c", script], payload)
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
         self._is_loaded = False
@@ -117,20 +128,18 @@ class Child:
         if not self._is_loaded:
             self._send((sys.path, self.payload))
             if message := self._receive(None):
-                return Reply(Status.ERROR, None, message)
+                return _failed(message)
             self._is_loaded = True
         self._send((seed, theta))
         value, message = self._receive(timeout)
-        return Reply(Status.ERROR if message else Status.DONE, value, message)
+        return _failed(message) if message else _done(value)
 
     def stop(self) -> int:
         """Kill the process; its exit status, negative for a signal."""
         _kill(self._process)
         for pipe in filter(None, (self._process.stdin, self._process.stdout)):
-            try:
+            with contextlib.suppress(BrokenPipeError):  # of what was not sent to a dead process
                 pipe.close()
-            except BrokenPipeError:  # of what was not sent to a dead process
-                pass
         return self._process.returncode
 
     def _listen(self) -> None:
@@ -159,29 +168,27 @@ class Child:
         return answer
 
 
-_CHILDREN: dict[int, Child] = {}  # by thread: a thread of a worker waits for its own
-
-
-def call_in_child(payload: bytes, timeout: float, seed: int, theta: Any) -> Reply:
+def call_in_child(script: str, payload: bytes, timeout: float, seed: int, theta: Any) -> Reply:
     """The pickled function `payload` of `(seed, theta)`, in at most `timeout` seconds.
 
-    It runs in a process that stays from call to call, and is replaced once it was killed or died.
+    It runs in a process of the Python `script`, which stays from call to call, and is replaced once
+    it was killed or died.
     """
-    thread = threading.get_ident()
-    child = _CHILDREN.get(thread)
+    children, thread = _lasting().children, threading.get_ident()
+    child = children.get(thread)
     if child is None or child.payload != payload:
         if child is not None:
             child.stop()
-        child = _CHILDREN[thread] = Child(payload)
+        child = children[thread] = Child(script, payload)
     try:
         return child.call(seed, theta, timeout)
     except TimeoutError:
-        del _CHILDREN[thread]
+        del children[thread]
         child.stop()
-        return Reply(Status.TIMEOUT, None, f"no answer within {timeout:g} s")
+        return _failed(f"no answer within {timeout:g} s", Status.TIMEOUT)
     except EOFError:
-        del _CHILDREN[thread]
-        return Reply(Status.ERROR, None, f"the process died, exit status {child.stop()}")
+        del children[thread]
+        return _failed(f"the process died, exit status {child.stop()}")
 
 
 def run_command(command: Sequence[str], timeout: float | None, seed: int, theta: Any) -> Reply:
@@ -194,23 +201,23 @@ def run_command(command: Sequence[str], timeout: float | None, seed: int, theta:
     try:
         process = _start(words, command, stderr=subprocess.PIPE, text=True)
     except OSError as error:
-        return Reply(Status.ERROR, None, f"{type(error).__name__}: {error}")
+        return _failed(f"{type(error).__name__}: {error}")
     with process:
         try:
             text = json.dumps({"seed": seed, "theta": theta})
             output, errors = process.communicate(text, timeout)
         except subprocess.TimeoutExpired:
-            return Reply(Status.TIMEOUT, None, f"no answer within {timeout:g} s")
+            return _failed(f"no answer within {timeout:g} s", Status.TIMEOUT)
         finally:
             _kill(process)
     if process.returncode:
         message = f"exit status {process.returncode}: {errors.strip()[-200:]}"
-        return Reply(Status.ERROR, None, message)
+        return _failed(message)
     try:
-        return Reply(Status.DONE, np.asarray(json.loads(output), dtype=float), "")
+        return _done(json.loads(output))
     except (ValueError, TypeError):
         message = f"the output must be JSON numbers, got {output.strip()[:100]!r}"
-        return Reply(Status.ERROR, None, message)
+        return _failed(message)
 
 
 __all__ = [
