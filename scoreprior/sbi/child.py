@@ -1,4 +1,4 @@
-"""The process in which a black box with a time limit runs: a script, which imports no package.
+"""The process in which a black box runs: a script, which imports no package.
 
 Messages are pickles, one after another: `(sys.path, function)` first, answered by what went wrong
 or ""; then `(seed, theta)`, answered by `(value, message)`. When the input ends, because the worker

@@ -1,7 +1,8 @@
 """Black boxes on a Dask cluster: batches of draws out, replies in, in whatever order.
 
-A batch is a task. When its worker dies Dask gives it to another one; when several died of it, its
-draws become tasks of their own, so that only the guilty one is given up.
+A batch is a task. When its worker dies Dask gives it to another one, and gives up when several died.
+Its draws are tried once more in the end, one by one while nothing else runs: what was beside a
+deadly draw is not given up with it.
 """
 
 import functools
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from scoreprior.sbi.store import Arrived
 from scoreprior.sbi import worker
+from scoreprior.sbi.store import Arrived
 from scoreprior.sbi.worker import Call, Reply, Status, simulate_batch
 
 if TYPE_CHECKING:
@@ -74,46 +75,50 @@ def import_distributed() -> Any:
 def run(client: "Client", job: Job, pending: np.ndarray) -> Iterator[Arrived]:
     """Simulate the draws `pending`, and yield them batch by batch as they arrive.
 
-    The first value that arrives says the shape of `x` where `job.shape` is `None`. Tasks that still
-    run are cancelled when the iteration is given up.
+    Where `job.shape` is `None` draws are made one after another until there is a value, whose shape
+    is that of `x`, so that it does not depend on what arrives first. Tasks that still run are
+    cancelled when the iteration is given up.
     """
     from distributed import KilledWorker, as_completed
 
-    waiting, sent, pace = deque(pending.tolist()), {}, _Pace(job.batch_size)
-    threads, shape = _Threads(client), job.shape
+    waiting, suspects = deque(pending.tolist()), deque[int]()
+    sent: dict[Any, list[int]] = {}
+    pace, threads, shape = _Pace(job.batch_size), _Threads(client), job.shape
     simulate = ByValue(functools.partial(simulate_batch, job.call, job.retries))
     completed = as_completed(loop=client.loop)
 
     def send(index: list[int]) -> None:
-        future = client.submit(
-            simulate,
-            [job.seeds[i] for i in index],
-            [job.thetas[i] for i in index],
-            pure=False,
-        )
+        seeds, thetas = [job.seeds[i] for i in index], [job.thetas[i] for i in index]
+        future = client.submit(simulate, seeds, thetas, pure=False)
         sent[future] = index
         completed.add(future)
 
-    def top_up() -> None:
-        while waiting and len(sent) < NUM_AHEAD * threads.count():
-            send([waiting.popleft() for _ in range(min(pace.batch(), len(waiting)))])
+    def top_up() -> bool:
+        """Send what can be sent; whether it is a draw that is alone for the last time."""
+        if suspects and not waiting and not sent:
+            send([suspects.popleft()])
+            return True
+        while waiting and len(sent) < (1 if shape is None else NUM_AHEAD * threads.count()):
+            size = 1 if shape is None else min(pace.batch(), len(waiting))
+            send([waiting.popleft() for _ in range(size)])
+        return False
 
     try:
-        top_up()
+        is_last = top_up()
         for future in completed:
             index = sent.pop(future)
             try:
                 replies, seconds = future.result()
                 pace.note(len(index), seconds)
             except KilledWorker as error:
-                if len(index) > 1:
-                    for i in index:
-                        send([i])
-                    continue
-                replies = [(Status.WORKER_LOST, None, f"several workers died of it: {error}")]
-            top_up()
-            arrived, shape = _arrived(index, replies, shape, job.dtype)
-            yield arrived
+                replies = [(int(Status.WORKER_LOST), None, f"several workers died of it: {error}")]
+                if not is_last:
+                    suspects += index
+                    replies = []
+            if replies:
+                arrived, shape = _arrived(index, replies, shape, job.dtype)
+                yield arrived
+            is_last = top_up()
     finally:
         if client.status == "running":
             client.cancel(list(sent))

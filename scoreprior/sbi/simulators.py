@@ -27,7 +27,6 @@ from scoreprior.sbi.store import Arrived
 from scoreprior.sbi.worker import (
     Call,
     Status,
-    call_here,
     call_in_child,
     run_command,
     stop_processes,
@@ -183,7 +182,7 @@ class AbstractBlackBox(AbstractSimulator):
 
     @abc.abstractmethod
     def _owner(self) -> Any:
-        """For whom processes of workers run, which are killed in the end; `None` for nobody."""
+        """For whom workers have started processes, which are killed in the end."""
 
     def run(
         self,
@@ -202,9 +201,9 @@ class AbstractBlackBox(AbstractSimulator):
             try:
                 yield from cluster.run(client, job, pending)
             finally:
-                owner = self._owner()
-                if owner is not None and client.status == "running":
-                    client.run(cluster.ByValue(stop_processes), owner, on_error="ignore")
+                if client.status == "running":
+                    stop = cluster.ByValue(stop_processes)
+                    client.run(stop, self._owner(), on_error="ignore")
 
 
 @dataclass(frozen=True)
@@ -219,14 +218,16 @@ class BlackBox(AbstractBlackBox):
     A draw that raises, or is not there after `timeout` seconds, is tried again `retries` times,
     **with the same seed**: a new one would change the law of `x` given `theta` to that of the runs
     that succeed. So retries are for failures from outside, such as a full disk. A draw whose worker
-    dies is made by another worker, and given up when several have died of it.
+    dies is made by another worker, and given up when several have died of it alone.
 
-    What the function captures travels with every batch of draws: load what is large inside of it.
+    A worker calls the function in a process of its own, which imports what the function needs once
+    and stays from draw to draw. It is replaced after a timeout or a crash. What the function
+    captures travels with every batch of draws: load what is large inside of it, and keep it.
 
-    **Arguments:** `timeout`, seconds for one draw, with which the function runs in a process of its
-    own that can be killed; `scheduler`, the address of a Dask scheduler or a
-    `distributed.Client`; `num_workers`, of the local cluster, one per core when `None`;
-    `batch_size`, draws per task, such that a task takes half a second when `None`.
+    **Arguments:** `timeout`, seconds for one draw; `scheduler`, the address of a Dask scheduler or
+    a `distributed.Client`, whose workers need no more than NumPy and what the function imports;
+    `num_workers`, of the local cluster, one per core when `None`; `batch_size`, draws per task,
+    such that a task takes half a second when `None`.
     """
 
     function: Callable[[int, Any], Any] = field(kw_only=False)
@@ -252,13 +253,11 @@ class BlackBox(AbstractBlackBox):
         }
 
     def _call(self) -> Call:
-        if self.timeout is None:
-            return functools.partial(call_here, _pickled(self.function))
         script = Path(child.__file__).read_text()
         return functools.partial(call_in_child, script, _pickled(self.function), self.timeout)
 
-    def _owner(self) -> bytes | None:
-        return None if self.timeout is None else _pickled(self.function)
+    def _owner(self) -> bytes:
+        return _pickled(self.function)
 
 
 @dataclass(frozen=True)

@@ -58,17 +58,6 @@ def simulate_batch(
     return replies, time.perf_counter() - start
 
 
-def call_here(payload: bytes, seed: int, theta: Any) -> Reply:
-    """The pickled function `payload` of `(seed, theta)`, in this process."""
-    try:
-        function = _lasting().function
-        if function is None or function[0] != payload:
-            function = _lasting().function = (payload, pickle.loads(payload))
-        return _done(function[1](seed, theta))
-    except (Exception, SystemExit) as error:
-        return _failed(f"{type(error).__name__}: {error}")
-
-
 def stop_processes(owner: Any) -> None:
     """Kill what this worker runs for `owner`, a pickled function or a command."""
     for process, other in list(_lasting().processes.items()):
@@ -77,9 +66,9 @@ def stop_processes(owner: Any) -> None:
 
 
 def _lasting() -> Any:
-    """What lasts: the function of `call_here`; processes with their owners; children by thread."""
+    """What lasts: processes with their owners, and children by thread."""
     place = types.ModuleType("_scoreprior_worker")
-    place.__dict__.update(function=None, processes={}, children={})
+    place.__dict__.update(processes={}, children={})
     return sys.modules.setdefault(place.__name__, place)
 
 
@@ -111,7 +100,10 @@ def _failed(message: str, status: Status = Status.ERROR) -> Reply:
 
 
 class Child:
-    """A process that calls a pickled function, and is killed when a call takes too long."""
+    """A process that calls a pickled function.
+
+    It can be killed when a call takes too long, and takes no worker with it when it crashes.
+    """
 
     def __init__(self, script: str, payload: bytes):
         self.payload = payload
@@ -120,7 +112,7 @@ class Child:
         threading.Thread(target=self._listen, daemon=True).start()
         self._is_loaded = False
 
-    def call(self, seed: int, theta: Any, timeout: float) -> Reply:
+    def call(self, seed: int, theta: Any, timeout: float | None) -> Reply:
         """The reply; raises `TimeoutError`, and `EOFError` where the process has died.
 
         Loading the function, which may import a lot, does not count as time of the first call.
@@ -168,7 +160,9 @@ class Child:
         return answer
 
 
-def call_in_child(script: str, payload: bytes, timeout: float, seed: int, theta: Any) -> Reply:
+def call_in_child(
+    script: str, payload: bytes, timeout: float | None, seed: int, theta: Any
+) -> Reply:
     """The pickled function `payload` of `(seed, theta)`, in at most `timeout` seconds.
 
     It runs in a process of the Python `script`, which stays from call to call, and is replaced once
@@ -224,7 +218,6 @@ __all__ = [
     "Call",
     "Reply",
     "Status",
-    "call_here",
     "call_in_child",
     "run_command",
     "simulate_batch",
