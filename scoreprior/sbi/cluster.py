@@ -1,23 +1,23 @@
 """Black boxes on a Dask cluster: batches of draws out, replies in, in whatever order.
 
-A batch is a task. When its worker dies Dask gives it to another one, and gives up when several died.
-Its draws are tried once more in the end, one by one while nothing else runs: what was beside a
-deadly draw is not given up with it.
+A batch is a task. When its worker dies Dask gives it to another one, and gives up when several
+died. Its draws are tried once more in the end, one by one while nothing else runs: what was beside
+a deadly draw is not given up with it.
 """
 
 import functools
-import pickle
+import importlib.util
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from scoreprior.sbi import worker
 from scoreprior.sbi.store import Arrived
-from scoreprior.sbi.worker import Call, Reply, Status, simulate_batch
+from scoreprior.sbi.worker import Call, Reply, Status
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -25,6 +25,19 @@ if TYPE_CHECKING:
 TASK_SECONDS = 0.5
 MAX_BATCH = 1000
 NUM_AHEAD = 2  # tasks sent to each thread of a worker, so that none waits for the next one
+
+
+def _load_apart() -> Any:
+    spec: Any = importlib.util.spec_from_file_location(
+        "_scoreprior_worker", Path(__file__).with_name("worker.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+remote = _load_apart()
+"""`worker`, loaded such that no other process can import it: so its functions travel by value."""
 
 
 class Job(NamedTuple):
@@ -52,7 +65,12 @@ def connect(scheduler: "str | Client | None", num_workers: int | None) -> "Itera
         with distributed.Client(scheduler, set_as_default=False) as client:
             yield client
     else:
+        import dask
+
+        # A local cluster forgets a worker that does not come back in this time after it died, which
+        # a busy machine may well need to start it; and a cluster without workers waits for ever.
         with (
+            dask.config.set({"distributed.deploy.lost-worker-timeout": "1 day"}),
             distributed.LocalCluster(
                 n_workers=num_workers, threads_per_worker=1, processes=True, dashboard_address=None
             ) as cluster,
@@ -84,7 +102,7 @@ def run(client: "Client", job: Job, pending: np.ndarray) -> Iterator[Arrived]:
     waiting, suspects = deque(pending.tolist()), deque[int]()
     sent: dict[Any, list[int]] = {}
     pace, threads, shape = _Pace(job.batch_size), _Threads(client), job.shape
-    simulate = ByValue(functools.partial(simulate_batch, job.call, job.retries))
+    simulate = functools.partial(remote.simulate_batch, job.call, job.retries)
     completed = as_completed(loop=client.loop)
 
     def send(index: list[int]) -> None:
@@ -148,26 +166,6 @@ def _arrived(
     return Arrived(np.array(index), status, x, messages), shape
 
 
-class ByValue:
-    """A function of `worker` that workers unpickle without importing this package."""
-
-    def __init__(self, function: Callable[..., Any]):
-        import cloudpickle
-
-        cloudpickle.register_pickle_by_value(worker)
-        try:
-            self._payload = cloudpickle.dumps(function)
-        finally:
-            cloudpickle.unregister_pickle_by_value(worker)
-
-    def __call__(self, *args: Any) -> Any:
-        """For Dask, which wants a callable; what is called is what unpickling gives."""
-        return pickle.loads(self._payload)(*args)
-
-    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
-        return pickle.loads, (self._payload,)
-
-
 class _Pace:
     """Draws per task, such that a task takes about `TASK_SECONDS`; one until a time is known."""
 
@@ -205,4 +203,4 @@ class _Threads:
         return self._count
 
 
-__all__ = ["ByValue", "Job", "connect", "import_distributed", "run"]
+__all__ = ["Job", "connect", "import_distributed", "remote", "run"]

@@ -25,7 +25,7 @@ from scoreprior.sbi.draws import Theta, draw_many, sampler
 from scoreprior.sbi.simulators import AbstractSimulator, JaxSimulator
 from scoreprior.sbi.store import Store, Table
 from scoreprior.sbi.worker import Status
-from scoreprior.train.identity import digest, program
+from scoreprior.train.identity import program
 
 NUM_TRIALS = 10
 REASONS = {
@@ -152,7 +152,6 @@ def simulate(
         "key": [str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key)).tolist()],
         "theta": files.describe_theta(theta),
         "program of prior": program(draw, theta_key),
-        "arrays of prior": digest(prior),
         "type of x": str(jnp.result_type(float)),
         **simulator.identity(theta, x_key),
     }

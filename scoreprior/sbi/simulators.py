@@ -6,8 +6,6 @@ the draw only. So do the draws, then, whatever the devices, workers, batches and
 
 import abc
 import functools
-import hashlib
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -23,14 +21,10 @@ from jaxtyping import Array, Int, PyTree
 from scoreprior._typing import Key
 from scoreprior._util import check_count, check_positive
 from scoreprior.sbi import child, cluster
+from scoreprior.sbi.cluster import remote
+from scoreprior.sbi.fingerprint import code_of, name_of
 from scoreprior.sbi.store import Arrived
-from scoreprior.sbi.worker import (
-    Call,
-    Status,
-    call_in_child,
-    run_command,
-    stop_processes,
-)
+from scoreprior.sbi.worker import Call, Status
 from scoreprior.train.identity import digest, program
 
 if TYPE_CHECKING:
@@ -77,14 +71,16 @@ class JaxSimulator(AbstractSimulator):
 
     def __post_init__(self) -> None:
         if not callable(self.function):
-            raise TypeError(f"function must be function(key, theta), got {self.function!r}")
+            raise TypeError(
+                f"function must be callable, function(key, theta), got {self.function!r}"
+            )
         check_count("chunk_size", self.chunk_size)
 
     def identity(self, theta: PyTree[np.ndarray], key: Key) -> dict[str, Any]:
         first = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), theta)
         self._check(first, key)
         return {
-            "simulator": f"{_name(self.function)} in JAX",
+            "simulator": f"{name_of(self.function)} in JAX",
             "platform": jax.default_backend(),
             "program of simulator": program(self.function, key, first),
             "arrays of simulator": digest(self.function),
@@ -202,8 +198,7 @@ class AbstractBlackBox(AbstractSimulator):
                 yield from cluster.run(client, job, pending)
             finally:
                 if client.status == "running":
-                    stop = cluster.ByValue(stop_processes)
-                    client.run(stop, self._owner(), on_error="ignore")
+                    client.run(remote.stop_processes, self._owner(), on_error="ignore")
 
 
 @dataclass(frozen=True)
@@ -244,17 +239,19 @@ class BlackBox(AbstractBlackBox):
             _pickled(self.function)
         except Exception as error:
             raise TypeError(
-                f"function must be one that can be sent to workers, got {_name(self.function)}, "
+                f"function must be one that can be sent to workers, got {name_of(self.function)}, "
                 f"which cannot be pickled: {error}"
             ) from error
         return {
-            "simulator": f"{_name(self.function)}, a black box",
-            "code of simulator": _code(self.function),
+            "simulator": f"{name_of(self.function)}, a black box",
+            "code of simulator": code_of(self.function),
         }
 
     def _call(self) -> Call:
         script = Path(child.__file__).read_text()
-        return functools.partial(call_in_child, script, _pickled(self.function), self.timeout)
+        return functools.partial(
+            remote.call_in_child, script, _pickled(self.function), self.timeout
+        )
 
     def _owner(self) -> bytes:
         return _pickled(self.function)
@@ -284,7 +281,7 @@ class Command(AbstractBlackBox):
         return {"simulator": f"the command {list(self.command)}"}
 
     def _call(self) -> Call:
-        return functools.partial(run_command, tuple(self.command), self.timeout)
+        return functools.partial(remote.run_command, tuple(self.command), self.timeout)
 
     def _owner(self) -> tuple[str, ...]:
         return tuple(self.command)
@@ -300,59 +297,9 @@ def seeds(key: Key, num: int) -> list[int]:
 
 
 def _pickled(function: Callable[..., Any]) -> bytes:
-    import cloudpickle
+    from distributed.protocol.pickle import dumps
 
-    return cloudpickle.dumps(function)
-
-
-def _name(function: Any) -> str:
-    if isinstance(function, functools.partial):
-        return f"partial of {_name(function.func)}"
-    return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _code(function: Any) -> str:
-    """Checksum of bytecode and constants, of defaults and of captured numbers and arrays."""
-    checksum = hashlib.sha256()
-    for part in _parts(function):
-        checksum.update(part.encode() + b";")
-    return checksum.hexdigest()[:16]
-
-
-def _parts(value: Any, seen: tuple[Any, ...] = ()) -> Iterator[str]:
-    if any(value is other for other in seen):  # a function that captures itself
-        return
-    seen = (*seen, value)
-    match value:
-        case functools.partial():
-            yield from _parts((value.func, value.args, value.keywords), seen)
-        case types.FunctionType():
-            cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
-            captured = (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
-            yield from _parts(captured, seen)
-        case types.MethodType():
-            yield from _parts((value.__func__, value.__self__), seen)
-        case types.CodeType():
-            yield value.co_code.hex()
-            yield from _parts((value.co_names, value.co_consts), seen)
-        case np.ndarray() | jax.Array():
-            yield digest(value)
-        case tuple() | list():
-            for entry in value:
-                yield from _parts(entry, seen)
-        case dict():
-            for name, entry in value.items():
-                yield f"{name}"
-                yield from _parts(entry, seen)
-        case bool() | int() | float() | complex() | str() | bytes() | None:
-            yield repr(value)
-        case frozenset() | set():
-            yield repr(sorted(map(repr, value)))
-        case _:
-            yield type(value).__qualname__
-            yield from _parts(
-                getattr(getattr(type(value), "__call__", None), "__code__", None), seen
-            )
+    return dumps(function)
 
 
 __all__ = ["AbstractSimulator", "BlackBox", "Command", "JaxSimulator", "seeds"]

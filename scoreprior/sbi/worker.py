@@ -1,8 +1,8 @@
 """What workers do: one call of a black box per draw, which never raises but replies.
 
-This module is sent to workers by value, and imports nothing but NumPy: a worker need not have this
-package, nor take the time to import it. Functions sent with one task are not those of the next, so
-what must last from task to task has a place of its own in the process, `_lasting()`.
+Its functions are sent to workers by value, and it imports nothing but NumPy: a worker need not have
+this package, nor take the time to import it. Functions sent with one task are not those of the
+next, so what must last from task to task has a place of its own in the process, `_lasting()`.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def stop_processes(owner: Any) -> None:
 
 def _lasting() -> Any:
     """What lasts: processes with their owners, and children by thread."""
-    place = types.ModuleType("_scoreprior_worker")
+    place = types.ModuleType("_scoreprior_lasting")
     place.__dict__.update(processes={}, children={})
     return sys.modules.setdefault(place.__name__, place)
 
@@ -111,6 +111,11 @@ class Child:
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
         self._is_loaded = False
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the process has ended, by what happened since the last call."""
+        return self._process.poll() is not None
 
     def call(self, seed: int, theta: Any, timeout: float | None) -> Reply:
         """The reply; raises `TimeoutError`, and `EOFError` where the process has died.
@@ -170,7 +175,7 @@ def call_in_child(
     """
     children, thread = _lasting().children, threading.get_ident()
     child = children.get(thread)
-    if child is None or child.payload != payload:
+    if child is None or child.payload != payload or child.is_dead:
         if child is not None:
             child.stop()
         child = children[thread] = Child(script, payload)
