@@ -281,11 +281,11 @@ def test_only_the_draw_that_kills_workers_is_given_up(client, monkeypatch):
     monkeypatch.setattr(client.cluster.scheduler, "allowed_failures", 0)
     box = BlackBox(black_boxes.deadly, scheduler=client, batch_size=4)
     with left_out:
-        made = quiet(PRIOR, box, 16, max_failures=0.9)
-    theta = quiet(PRIOR, gaussian, 16).theta
-    assert 0 < (theta[:, 0] > 1).sum() < 4
+        made = quiet(PRIOR, box, 8, max_failures=0.9)
+    theta = quiet(PRIOR, gaussian, 8).theta
+    assert (theta[:, 0] > 1).sum() == 1
     assert np.array_equal(made.index, np.flatnonzero(theta[:, 0] <= 1))
-    assert made.left_out == {"workers lost": 16 - len(made)}
+    assert made.left_out == {"workers lost": 1}
     assert np.array_equal(made.x, one_by_one(black_boxes.gaussian, made))
 
 
@@ -318,7 +318,7 @@ def test_retries_have_the_same_seed(client, tmp_path):
     np.testing.assert_allclose(made.x, one_by_one(black_boxes.gaussian, made), atol=1e-14)
     for file in tmp_path.iterdir():
         file.unlink()
-    with pytest.raises(ValueError, match="none of the first 10.*OSError: the disk is full"):
+    with pytest.raises(ValueError, match="none of the first 3: 3.*OSError: the disk is full"):
         quiet(PRIOR, BlackBox(flaky, scheduler=client), 20)
 
 
@@ -350,7 +350,7 @@ def test_a_command_reads_and_writes_json(client):
 def test_a_command_is_killed_after_its_time(client, tmp_path):
     script = f"sleep 60 & echo $! >> {tmp_path}/pids; wait"
     command = Command(["sh", "-c", script], scheduler=client, timeout=0.3)
-    with pytest.raises(ValueError, match="none of the first 2: 2 with timeouts"):
+    with pytest.raises(ValueError, match="none of the first 1: 1 with timeouts"):
         quiet(PRIOR, command, 2)
     for pid in (tmp_path / "pids").read_text().split():
         status = Path(f"/proc/{pid}/stat")

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TASK_SECONDS = 0.5
 MAX_BATCH = 1000
+IGNORE_CTRL_C = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
 NUM_AHEAD = 2  # tasks sent to each thread of a worker, so that none waits for the next one
 
 
@@ -56,8 +57,11 @@ class Job(NamedTuple):
 
 
 @contextmanager
-def connect(scheduler: "str | Client | None", num_workers: int | None) -> "Iterator[Client]":
-    """A client of `scheduler`, or of a cluster of `num_workers` local processes for a while."""
+def connect(scheduler: Any, num_workers: int | None) -> "Iterator[Client]":
+    """A client of `scheduler`, which is an address or the client itself.
+
+    Where it is `None`, of a cluster of `num_workers` local processes, for a while.
+    """
     distributed = import_distributed()
     if isinstance(scheduler, distributed.Client):
         yield scheduler
@@ -65,14 +69,18 @@ def connect(scheduler: "str | Client | None", num_workers: int | None) -> "Itera
         with distributed.Client(scheduler, set_as_default=False) as client:
             yield client
     else:
-        import dask
+        from dask import config
 
         # A local cluster forgets a worker that does not come back in this time after it died, which
         # a busy machine may well need to start it; and a cluster without workers waits for ever.
         with (
-            dask.config.set({"distributed.deploy.lost-worker-timeout": "1 day"}),
+            config.set({"distributed.deploy.lost-worker-timeout": "1 day"}),
             distributed.LocalCluster(
-                n_workers=num_workers, threads_per_worker=1, processes=True, dashboard_address=None
+                n_workers=num_workers,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address=None,
+                preload=[IGNORE_CTRL_C],
             ) as cluster,
             distributed.Client(cluster, set_as_default=False) as client,
         ):
@@ -90,7 +98,7 @@ def import_distributed() -> Any:
     return distributed
 
 
-def run(client: "Client", job: Job, pending: np.ndarray) -> Iterator[Arrived]:
+def run(client: "Client", job: Job, pending: np.ndarray) -> Generator[Arrived]:
     """Simulate the draws `pending`, and yield them batch by batch as they arrive.
 
     Where `job.shape` is `None` draws are made one after another until there is a value, whose shape
@@ -125,14 +133,16 @@ def run(client: "Client", job: Job, pending: np.ndarray) -> Iterator[Arrived]:
         is_last = top_up()
         for future in completed:
             index = sent.pop(future)
+            replies: list[Reply] = []
             try:
                 replies, seconds = future.result()
                 pace.note(len(index), seconds)
             except KilledWorker as error:
-                replies = [(int(Status.WORKER_LOST), None, f"several workers died of it: {error}")]
-                if not is_last:
+                if is_last:
+                    message = f"several workers died of it: {error}"
+                    replies = [(int(Status.WORKER_LOST), None, message)]
+                else:
                     suspects += index
-                    replies = []
             if replies:
                 arrived, shape = _arrived(index, replies, shape, job.dtype)
                 yield arrived
@@ -198,7 +208,8 @@ class _Threads:
 
     def count(self) -> int:
         if time.perf_counter() > self._time + 1:
-            self._count = max(sum(self._client.nthreads().values()), 1)
+            threads: Any = self._client.nthreads()
+            self._count = max(sum(threads.values()), 1)
             self._time = time.perf_counter()
         return self._count
 

@@ -197,7 +197,7 @@ def _fill(
                 _check_failures(table, max_failures)
                 if table.num_left_out:
                     bar.set_postfix(left_out=table.num_left_out, refresh=False)
-                bar.update(len(arrived.index))
+                bar.update(len(arrived.draws))
     except Exception as error:
         if kept is not None:
             error.add_note(f"what has arrived is kept in {kept.path}")
@@ -209,13 +209,14 @@ def _fill(
 
 def _check_failures(table: Table, max_failures: float) -> None:
     num, num_left_out = len(table.status), table.num_left_out
-    if num_left_out >= min(NUM_TRIALS, num) and not table.num_done:
+    is_too_many = num_left_out > max_failures * num
+    if not table.num_done and (is_too_many or num_left_out >= NUM_TRIALS):
         raise ValueError(
             f"simulator must succeed for some draws of the prior, got none of the first "
             f"{num_left_out}: {_why(table)}; call the simulator on one draw of the prior by hand, "
             "and look whether the prior has values that it cannot take"
         )
-    if num_left_out > max_failures * num:
+    if is_too_many:
         raise TooManyFailures(
             f"more draws failed than max_failures={max_failures} of {num} allows: {_why(table)}; "
             "mend the simulator, narrow the prior, or allow more; those that succeeded are in the "

@@ -6,7 +6,8 @@ the draw only. So do the draws, then, whatever the devices, workers, batches and
 
 import abc
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ class AbstractSimulator(abc.ABC):
         key: Key,
         pending: np.ndarray,
         shape: tuple[int, ...] | None,
-    ) -> Iterator[Arrived]:
+    ) -> Generator[Arrived]:
         """Simulate the draws `pending`, and yield them as they arrive.
 
         `theta` are leaves [num, ...] and `shape` is that of `x`, where an earlier run knows it.
@@ -92,17 +93,17 @@ class JaxSimulator(AbstractSimulator):
         key: Key,
         pending: np.ndarray,
         shape: tuple[int, ...] | None,
-    ) -> Iterator[Arrived]:
+    ) -> Generator[Arrived]:
         mesh = Mesh(np.array(jax.local_devices()), ("draw",))
         # One size for all chunks, so one program; rows that fill up the last one are dropped.
         size = -(-min(self.chunk_size, len(pending)) // mesh.size) * mesh.size
         split = NamedSharding(mesh, PartitionSpec("draw"))
-        compiled = eqx.filter_jit(_simulate)
         for start in range(0, len(pending), size):
             index = pending[start : start + size]
             filled = np.resize(index, size)
-            here = jax.device_put((filled, jax.tree.map(lambda leaf: leaf[filled], theta)), split)  # noqa: B023
-            x = np.asarray(compiled(self.function, mesh, key, *here))[: len(index)]
+            rows = jax.tree.map(operator.itemgetter(filled), theta)
+            here = jax.device_put((filled, rows), split)
+            x = np.asarray(_simulate(self.function, mesh, key, *here))[: len(index)]
             yield Arrived(index, np.full(len(index), Status.DONE, np.uint8), x, {})
 
     def _check(self, theta: PyTree[Array], key: Key) -> None:
@@ -126,6 +127,7 @@ def _is_real(dtype: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
+@eqx.filter_jit
 def _simulate(
     function: Callable[[Key, Any], Any],
     mesh: Mesh,
@@ -186,9 +188,9 @@ class AbstractBlackBox(AbstractSimulator):
         key: Key,
         pending: np.ndarray,
         shape: tuple[int, ...] | None,
-    ) -> Iterator[Arrived]:
+    ) -> Generator[Arrived]:
         num, call = len(jax.tree.leaves(theta)[0]), self._call()
-        thetas = [jax.tree.map(lambda leaf: leaf[i], theta) for i in range(num)]  # noqa: B023
+        thetas = [jax.tree.map(operator.itemgetter(i), theta) for i in range(num)]
         dtype = np.dtype(jnp.result_type(float))
         job = cluster.Job(
             call, self.retries, self.batch_size, thetas, seeds(key, num), shape, dtype

@@ -28,7 +28,7 @@ SHARE_OF_TIME = 0.1
 class Arrived(NamedTuple):
     """What became of some draws; `x` is `None` while no shape is known, and rows may be blank."""
 
-    index: np.ndarray  # [k]
+    draws: np.ndarray  # [k], their numbers
     status: np.ndarray  # [k]
     x: np.ndarray | None  # [k, *x]
     messages: dict[int, str]  # by draw
@@ -52,10 +52,10 @@ class Table:
                 self.x = np.full(blank, np.nan, arrived.x.dtype)
             finite = np.isfinite(arrived.x).reshape(len(status), -1).all(1)
             status[(status == Status.DONE) & ~finite] = Status.NOT_FINITE
-            self.x[arrived.index] = arrived.x
+            self.x[arrived.draws] = arrived.x
         self.messages |= arrived.messages
         # Last, so that a row that Ctrl-C leaves half filled still counts as pending.
-        self.status[arrived.index] = status
+        self.status[arrived.draws] = status
 
     @property
     def pending(self) -> np.ndarray:
@@ -100,7 +100,7 @@ class Store:
 
     def add(self, arrived: Arrived) -> None:
         """Note what changed, and write it unless writing has just taken much of the time."""
-        self._dirty.append(arrived.index)
+        self._dirty.append(arrived.draws)
         if time.perf_counter() >= self._next_flush:
             self.flush()
 
@@ -210,7 +210,7 @@ def _open(path: Path, mode: str) -> Any:
     return group
 
 
-def _check_identity(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+def _check_identity(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     different = [name for name in here if there.get(name) != here[name]]
     if different:
         told = "; ".join(f"{n} is {there.get(n)} there and {here[n]} here" for n in different)
