@@ -96,7 +96,16 @@ def test_a_draw_depends_on_the_key_and_its_number_only(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     assert_same(made, quiet(PRIOR, gaussian, 41), rtol=1e-14)
     assert not np.isin(made.x, simulate(PRIOR, gaussian, 41, key=jax.random.key(4)).x).any()
-    assert len(np.unique(longer.x)) == 3000
+    noise = quiet(PRIOR, lambda key, theta: jax.random.normal(key, (2,)), 1500)
+    assert len(np.unique(noise.x)) == 3000
+
+
+def test_seeds_are_of_the_key_and_the_number_of_the_draw():
+    made = seeds(KEY, 2000)
+    assert made[:5] == seeds(KEY, 5)
+    assert len(set(made)) == 2000
+    assert not set(made) & set(seeds(jax.random.key(4), 2000))
+    assert 0 <= min(made) < 2**21 < 2**31 - 2**21 < max(made) < 2**31
 
 
 def test_every_device_takes_its_share():
@@ -172,6 +181,7 @@ def test_a_store_goes_on_where_it_ended(tmp_path):
         return gaussian(key, theta)
 
     counted = JaxSimulator(counted, chunk_size=8)
+    path.mkdir()
     first = quiet(PRIOR, counted, 16, store=path)
     longer = quiet(PRIOR, counted, 2500, store=path)
     shorter = quiet(PRIOR, counted, 7, store=path)
@@ -268,10 +278,10 @@ def test_a_black_box_sees_the_sites_of_a_model(client):
 
 def test_a_worker_killed_in_mid_run_changes_nothing(client, tmp_path):
     kill = functools.partial(black_boxes.once, tmp_path / "killed", black_boxes.kill_the_worker)
-    workers = set(client.scheduler_info(n_workers=-1)["workers"])
+    workers = set(client.nthreads())
     made = quiet(PRIOR, BlackBox(kill, scheduler=client, batch_size=5), 60)
     assert (tmp_path / "killed").exists()
-    assert set(client.scheduler_info(n_workers=-1)["workers"]) != workers
+    assert set(client.nthreads()) != workers
     assert np.array_equal(made.index, np.arange(60))
     assert np.array_equal(made.x, one_by_one(black_boxes.gaussian, made))
 

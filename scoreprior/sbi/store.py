@@ -89,7 +89,7 @@ class Store:
         self._dirty: list[np.ndarray] = []
         self._next_flush = 0.0
         identity = json.loads(json.dumps({"format": FORMAT, **identity}))
-        if path.exists():
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             self._group = _open(path, "r+")
             _check_identity(path, dict(self._group.attrs), identity)
             _restore(self._group, table)
