@@ -97,7 +97,7 @@ def test_a_draw_depends_on_the_key_and_its_number_only(monkeypatch):
     assert_same(made, quiet(PRIOR, gaussian, 41), rtol=1e-14)
     assert not np.isin(made.x, simulate(PRIOR, gaussian, 41, key=jax.random.key(4)).x).any()
     noise = quiet(PRIOR, lambda key, theta: jax.random.normal(key, (2,)), 1500)
-    assert len(np.unique(noise.x)) == 3000
+    assert len(np.unique(noise.x)) == len(np.unique(noise.theta)) == 3000
 
 
 def test_seeds_are_of_the_key_and_the_number_of_the_draw():
