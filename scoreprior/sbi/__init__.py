@@ -10,33 +10,8 @@ from scoreprior.sbi.parameters import Parameters
 from scoreprior.sbi.posterior import Posterior
 from scoreprior.sbi.scores import FNPSE, GAUSS, JAC, Damped, Sum, annealed_langevin
 from scoreprior.sbi.sequential import TSNPSE, Round, Sequential
+from scoreprior.sbi.simulate import Simulations, TooManyFailures, simulate
+from scoreprior.sbi.simulators import AbstractSimulator, BlackBox, Command, JaxSimulator
 from scoreprior.sbi.transforms import ProbabilityIntegral, gaussianise
 
-__all__ = [
-    "FNPSE",
-    "GAUSS",
-    "JAC",
-    "NPSE",
-    "TSNPSE",
-    "Damped",
-    "Flat",
-    "JointNPSE",
-    "JointPosterior",
-    "Parameters",
-    "Posterior",
-    "ProbabilityIntegral",
-    "Product",
-    "Round",
-    "Sequential",
-    "SetEncoder",
-    "Standardise",
-    "Sum",
-    "annealed_langevin",
-    "compose",
-    "draw_local",
-    "gaussianise",
-    "infer_hierarchical",
-    "joined",
-    "law_of",
-    "local_data",
-]
+__all__ = ["AbstractSimulator", "BlackBox", "Command", "Damped", "FNPSE", "Flat", "GAUSS", "JAC", "JaxSimulator", "JointNPSE", "JointPosterior", "NPSE", "Parameters", "Posterior", "ProbabilityIntegral", "Product", "Round", "Sequential", "SetEncoder", "Simulations", "Standardise", "Sum", "TSNPSE", "TooManyFailures", "annealed_langevin", "compose", "draw_local", "gaussianise", "infer_hierarchical", "joined", "law_of", "local_data", "simulate"]
