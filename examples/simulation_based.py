@@ -41,7 +41,7 @@ def prior() -> None:
 
 
 def epidemic(key: jax.Array, theta: dict[str, jax.Array]) -> jax.Array:
-    """Square roots of the numbers in bed on fourteen days, from one boy ill."""
+    """Square roots of the numbers in bed on days two to fourteen, from three on the first."""
     infection, recovery = theta["infection"], theta["recovery"]
 
     def step(state: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple:

@@ -80,30 +80,24 @@ class Product(Composition):
         control: AbstractControl | None = None,
         **settings: Any,
     ) -> Composed:
+        stack, log_scale = self.bridge_stack, self.log_scale
+        if stack is None or log_scale is None:
+            return super().composed(num_steps, weight=weight, control=control, **settings)
+        if self.batch_size is not None:
+            _check_for_batches(weight, control)
+            control = NoControl()
+        chain = super().composed(num_steps, weight=weight, control=control, **settings)
+        chain = chain.with_factors((stack,), log_scale)
         if self.batch_size is None:
-            chain = super().composed(num_steps, weight=weight, control=control, **settings)
-            if self.bridge_stack is None:
-                return chain
-            return chain.with_factors((self.bridge_stack,), self.log_scale)
-        if control is not None and control.num_bases > 0:
-            raise ValueError(
-                "control must be None or NoControl() with mini-batches, whose noise it would fit, "
-                f"got {control!r}"
-            )
-        if weight is not None and not weight.is_rate:
-            raise ValueError(
-                "weight must be Trapezoid() or Euler() with mini-batches, of which there is only a "
-                f"rate, got {type(weight).__name__}()"
-            )
-        chain = super().composed(num_steps, weight=weight, control=NoControl(), **settings)
-        chain = chain.with_factors((self.bridge_stack,), self.log_scale)
+            return chain
         n = self.num_observations
         posteriors, *priors = _split(self)
-        gaussians = self.bridge_stack.take(np.arange(n))
-        rest = (*priors, self.bridge_stack.take(np.arange(n, self.bridge_stack.size)))
         fields = {field.name: getattr(chain, field.name) for field in dataclasses.fields(chain)}
         return MiniBatched(
-            **fields, pairs=(posteriors, gaussians), rest=rest, num_in_batch=self.batch_size
+            **fields,
+            pairs=(posteriors, stack.take(np.arange(n))),
+            rest=(*priors, stack.take(np.arange(n, stack.size))),
+            num_in_batch=self.batch_size,
         )
 
     def _least_steps(self, low: float, high: float) -> int:
@@ -178,6 +172,19 @@ def _check_batches(batch_size: int, posteriors: list[ScorePrior], bridge: bool) 
         raise ValueError("bridge must be True with a batch_size, got False")
     if kinds > 1:
         raise ValueError(f"posteriors must be of one network with a batch_size, got {kinds} kinds")
+
+
+def _check_for_batches(weight: AbstractWeight | None, control: AbstractControl | None) -> None:
+    if control is not None and control.num_bases > 0:
+        raise ValueError(
+            "control must be None or NoControl() with mini-batches, whose noise it would fit, got "
+            f"{control!r}"
+        )
+    if weight is not None and not weight.is_rate:
+        raise ValueError(
+            "weight must be Trapezoid() or Euler() with mini-batches, of which only a rate is "
+            f"known, got {type(weight).__name__}()"
+        )
 
 
 def _split(product: Product) -> tuple[Stack[Factor], ...]:
