@@ -9,6 +9,8 @@ Six nouns, one verb each:
 - a **prior** is a NumPyro distribution that samples and has a `log_prob` (`ScorePrior`);
 - a **problem** is what a NumPyro model with such a prior asks (`Problem`);
 - an **engine** runs and answers it (`NUTS`, `TemperedSMC`, `FeynmanKac`, through `infer`).
+
+`sbi` makes denoisers from simulators, and `check` tells whether a posterior is right.
 """
 
 from importlib.metadata import PackageNotFoundError, version
