@@ -15,7 +15,7 @@ from scoreprior.gaussian import Moments
 
 # Integrands are followed down to exp(-DEPTH) of their peak, by so many nodes: enough for doubles.
 DEPTH, NUM_NODES = 40.0, 40
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(NUM_NODES)
+RULE = np.polynomial.legendre.leggauss(NUM_NODES)
 LOG_SQRT_2_PI = math.log(2 * math.pi) / 2
 
 
@@ -94,8 +94,9 @@ class Truncated(NamedTuple):
 def truncated_normal(low: Array, high: Array, x: Array, sigma: Any) -> Truncated:
     """`N(x, sigma^2)` truncated to `[low, high]`, which may be infinite on either side.
 
-    Gauss-Legendre quadrature in `tau = (X - mode)/sigma`, `mode` the point of the interval nearest
-    to `x`, where the density falls as `exp(-tau^2/2 - n tau)`, `n = (mode - x)/sigma`, on both sides.
+    Gauss-Legendre quadrature in `tau = (X - mode)/sigma`, with `mode` the point of the interval
+    nearest to `x`, from where the density falls on both sides, as `exp(-tau^2/2 - n tau)` with
+    `n = (mode - x)/sigma`.
     """
     # The results depend on neither mode nor reach, which are there to compute them well.
     mode = jax.lax.stop_gradient(jnp.clip(x, low, high))
@@ -105,13 +106,14 @@ def truncated_normal(low: Array, high: Array, x: Array, sigma: Any) -> Truncated
     first = jnp.maximum((low - mode) / sigma, -reach)
     last = jnp.minimum((high - mode) / sigma, reach)
     middle, half = (first + last) / 2, (last - first) / 2
-    nodes, weights = jnp.asarray(NODES, half.dtype), jnp.asarray(WEIGHTS, half.dtype)
     # [*event, num_nodes]
-    tau = middle[..., None] + half[..., None] * jnp.broadcast_to(nodes, (*half.shape, NUM_NODES))
-    masses = jnp.exp(-tau * (tau / 2 + n[..., None])) * jnp.broadcast_to(weights, tau.shape)
+    shape = (*half.shape, NUM_NODES)
+    nodes, weights = (jnp.broadcast_to(jnp.asarray(a, half.dtype), shape) for a in RULE)
+    tau = middle[..., None] + half[..., None] * nodes
+    masses = weights * jnp.exp(-tau * (tau / 2 + n[..., None]))
     total = jnp.sum(masses, -1)
     shares = masses / total[..., None]
-    centre = shares @ nodes
+    centre = jnp.sum(shares * nodes, -1)
     spread = jnp.sum(shares * (nodes - centre[..., None]) ** 2, -1)
     offset = middle + half * centre
     log_mass = jnp.log(half * total) - n**2 / 2 - LOG_SQRT_2_PI

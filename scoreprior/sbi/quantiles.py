@@ -86,7 +86,8 @@ def _(law: dist.Gumbel, z: Array) -> Array:
 
 @log_tails.register(dist.Gumbel)
 def _(law: dist.Gumbel, theta: Array) -> tuple[Array, Array]:
-    return from_survival(-jnp.exp((law.loc - theta) / law.scale))[::-1]
+    above, below = from_survival(-jnp.exp((law.loc - theta) / law.scale))
+    return below, above
 
 
 # Absolute values of symmetric laws: S(theta) is twice the tail of the symmetric one.

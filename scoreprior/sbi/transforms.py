@@ -34,11 +34,11 @@ class ProbabilityIntegral(Transform):
     it rounds to the end, and the way back is infinite.
 
     Both tails are precise for Beta, Cauchy, Exponential, Gamma, Gompertz, Gumbel, HalfCauchy,
-    HalfNormal, Laplace, Logistic, SoftLaplace, StudentT, Uniform, Weibull and truncated Normal laws.
-    Any other law uses its own `icdf` and `cdf`, and `theta` is the upper end, possibly infinite, once
-    `Phi(z)` rounds to one: from `z = 5.4` in single precision, from 8.3 in double. Quantiles of Beta,
-    Gamma and StudentT are solved for; they are differentiable in `z`, those of Gamma in its
-    parameters too, and the other two raise there.
+    HalfNormal, Laplace, Logistic, SoftLaplace, StudentT, Uniform, Weibull and truncated Normal
+    laws. Any other law uses its own `icdf` and `cdf`, and `theta` is the upper end, possibly
+    infinite, once `Phi(z)` rounds to one: from `z = 5.4` in single precision, from 8.3 in double.
+    Quantiles of Beta, Gamma and StudentT are solved for; they are differentiable in `z`, those of
+    Gamma in its parameters too, and the other two raise there.
 
     **Arguments:** `law`, a continuous NumPyro distribution of scalars, of any batch shape.
     """
@@ -86,6 +86,8 @@ def gaussianise(distribution: dist.Distribution) -> Transform | None:
     are known. `None` where none of these exists: mixtures, discrete laws, laws whose draws have
     other dimensions than their Gaussian.
     """
+    if not isinstance(distribution, dist.Distribution):
+        raise TypeError(f"distribution must be a NumPyro distribution, got {distribution!r}")
     if isinstance(distribution, dist.Independent):
         base = gaussianise(distribution.base_dist)
         ndims = distribution.reinterpreted_batch_ndims
@@ -93,14 +95,13 @@ def gaussianise(distribution: dist.Distribution) -> Transform | None:
     if isinstance(distribution, dist.ExpandedDistribution):
         return gaussianise(distribution.base_dist)
     if isinstance(distribution, dist.Normal):
-        loc, scale = jnp.asarray(distribution.loc, float), jnp.asarray(distribution.scale, float)
-        return AffineTransform(loc, scale)
+        return AffineTransform(*map(_floating, (distribution.loc, distribution.scale)))
     if isinstance(distribution, dist.MultivariateNormal | dist.LowRankMultivariateNormal):
         return LowerCholeskyAffine(distribution.loc, distribution.scale_tril)
     if isinstance(distribution, dist.GaussianRandomWalk):
-        steps = jnp.tril(jnp.ones((distribution.num_steps,) * 2))
-        scales = jnp.asarray(distribution.scale, float)[..., None, None]
-        return LowerCholeskyAffine(jnp.zeros(distribution.num_steps), scales * steps)
+        num, scale = distribution.num_steps, _floating(distribution.scale)[..., None, None]
+        steps = jnp.tril(jnp.ones((num, num), scale.dtype))
+        return LowerCholeskyAffine(jnp.zeros(num, scale.dtype), scale * steps)
     if isinstance(distribution, dist.TransformedDistribution):
         return _transformed(distribution)
     return ProbabilityIntegral(distribution) if _has_quantiles(distribution) else None
@@ -113,6 +114,10 @@ def _transformed(distribution: dist.TransformedDistribution) -> Transform | None
     if base is None or not keeps_shape or any(map(_folds, parts)):
         return None
     return ComposeTransform([base, *parts])
+
+
+def _floating(value: Any) -> Array:
+    return jnp.asarray(value, jnp.result_type(value, float))
 
 
 def _folds(transform: Transform) -> bool:
