@@ -236,6 +236,15 @@ def test_tails_wider_than_their_gaussian_widen_the_bridge():
     assert bridge.pull(product.factors(), kept.stack) >= bridge.LEAST_PULL
 
 
+def test_a_posterior_as_narrow_as_the_noise_is_warned_of():
+    posteriors = [
+        ScorePrior(Flow(law, law.moments(), sigma_min=0.5, sigma_max=SIGMA_MAX))
+        for law in (PRIOR.posterior(jnp.eye(2), x, 0.01 * jnp.eye(2)) for x in X)
+    ]
+    with pytest.warns(UserWarning, match="near the noise of 0.5 in each of its factors"):
+        sbi.compose(posteriors, PRIOR)
+
+
 def test_another_prior_takes_the_place_of_that_of_training():
     new = Gaussian(Moments.dense(jnp.asarray([2.0, 0.0]), 0.25 * jnp.eye(2)))
     product = sbi.compose([gaussian_posterior(x) for x in X], PRIOR, new_prior=new)

@@ -1,7 +1,6 @@
 """Bridges: Gaussians that make the way to a product of many factors easy.
 
-With Gaussians `G_j` about the factors, and
-`G = prod_j G_j^w_j / Z_G` their product, which is a Gaussian, the path
+With Gaussians `G_j` about the factors, and `G = prod_j G_j^w_j / Z_G`, a Gaussian too, the path
 
     p_r(z) = G_r(z) prod_j (q_{j,r}(z) / G_{j,r}(z))^w_j,
 
@@ -116,21 +115,22 @@ def pull(factors: tuple[Stack[Factor], ...], bridge: Stack[Factor]) -> float:
     At three and six standard deviations of `G` with the noise of the level, both ways along its
     axes, at twenty levels.
     """
-    center = bridge[bridge.size - 1].moments
-    return float(jnp.min(_pulls((*factors, bridge), center)))
+    last = bridge[bridge.size - 1]
+    return float(jnp.min(_pulls((*factors, bridge), last.moments, last.sigma_min)))
 
 
 @eqx.filter_jit
-def _pulls(stacks: tuple[Stack[Factor], ...], center: Moments) -> Array:
+def _pulls(stacks: tuple[Stack[Factor], ...], center: Moments, sigma_min: Scalar) -> Array:
     size = center.size
     far = jnp.asarray([-6.0, -3.0, 3.0, 6.0], center.mean.dtype)
     steps = (far[:, None, None] * jnp.eye(size, dtype=far.dtype)[None]).reshape(-1, size)
-    low, high = center.scales(0.0).min() / 3, 10 * center.scales(0.0).max()
+    # Of more observations than `sigma_min` allows, the clean variances may be negative.
+    low, high = center.scales(sigma_min).min() / 3, 10 * center.scales(sigma_min).max()
     levels = jnp.geomspace(low, high, 20, dtype=far.dtype)
 
     def one(r: Scalar, step: Array) -> Scalar:
         u = step.reshape(center.event_shape)
-        z = center.colour(u, r)
+        z = center.colour(u, jnp.sqrt(r**2 + sigma_min**2))
         score = sum_over(stacks, lambda f: f.exponent * f.score(z, r))
         return -jnp.sum(score * (z - center.mean)) / jnp.sum(u**2)
 

@@ -13,6 +13,7 @@ On the way from noise to data the cloud goes by a `bridge` of Gaussians.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,7 @@ class Product(Composition):
         found = find_bridge(laws, exponents, self.factors()) if bridge else None
         if found is not None:
             (self.bridge_stack, self.log_scale, self.num_repaired), self.share = found
+            _warn_if_narrow(found[0].stack, laws[0].sigma_min)
         elif batch_size is not None:
             raise ValueError(
                 f"batch_size must be None where posteriors have tails too wide for a bridge, got "
@@ -184,6 +186,18 @@ def _check_for_batches(weight: AbstractWeight | None, control: AbstractControl |
         raise ValueError(
             "weight must be Trapezoid() or Euler() with mini-batches, of which only a rate is "
             f"known, got {type(weight).__name__}()"
+        )
+
+
+def _warn_if_narrow(bridge: Stack[Factor], sigma_min: float) -> None:
+    variances = np.asarray(bridge[bridge.size - 1].moments.eigenvalues, float) + sigma_min**2
+    narrowest = float(np.sqrt(variances.min()))
+    if narrowest < 2 * sigma_min:
+        warnings.warn(
+            f"the posterior of all observations has a standard deviation of about {narrowest:.2g}, "
+            f"near the noise of {sigma_min:g} in each of its factors, which then shows: take "
+            "posteriors with a smaller sigma_min",
+            stacklevel=4,
         )
 
 
