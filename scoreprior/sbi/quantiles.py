@@ -26,7 +26,7 @@ from scoreprior.sbi.tails import (
     smaller_tail,
 )
 
-MAX_STEPS = 100
+MAX_STEPS, FAR = 100, 0.1
 Truncated = (
     dist.LeftTruncatedDistribution
     | dist.RightTruncatedDistribution
@@ -258,7 +258,8 @@ def _student_log_tail(df: Array, s: Array) -> Array:
     half = jnp.full_like(s, 0.5)
     inner = betainc(half, df / 2, jnp.where(is_near, ratio / (1 + ratio), 0.5))
     outer = betainc(df / 2, half, jnp.where(is_near, 0.5, 1 / (1 + ratio)))
-    power = -df * jnp.log(jnp.where(is_far, root, 1.0)) - jnp.log(df / 2) - betaln(df / 2, half)
+    log_root = jnp.log(jnp.where(is_far, s, 1.0)) - jnp.log(df) / 2
+    power = -df * log_root - jnp.log(df / 2) - betaln(df / 2, half)
     tail = jnp.where(is_near, jnp.log1p(-inner), jnp.log(outer))
     return jnp.where(is_far, power, tail) - LOG_2
 
@@ -298,7 +299,7 @@ def _solve(law: Any, z: Array) -> Array:
     highest = jnp.full_like(z, 1.05 * math.log(float(limits.max)))
 
     def improve(state: Any) -> Any:
-        u, low, high, is_done, count = state
+        u, low, high, last, is_done, count = state
         theta, stretch = jax.jvp(lambda u: _coordinate(law, u), (u,), (jnp.ones_like(u),))
         value = smaller_tail(*log_tails(law, theta))
         low, high = jnp.where(value < z, u, low), jnp.where(value < z, high, u)
@@ -306,13 +307,23 @@ def _solve(law: Any, z: Array) -> Array:
         inside = (newton >= low) & (newton <= high)
         new = jnp.where(inside, newton, low + (high - low) / 2)
         new = jnp.where(is_done, u, new)
-        return new, low, high, jnp.abs(new - u) <= 2 * limits.eps * (1 + jnp.abs(u)), count + 1
+        # Newton's method squares the error of a small step, unless the rest is rounding.
+        error = jnp.abs(value - z)
+        step = jnp.abs(new - u) / (1 + jnp.abs(u))
+        is_rounding = (error >= last) & (error < FAR) & (step <= limits.eps**0.5)
+        is_level = error <= 8 * limits.eps * (1 + jnp.abs(z))
+        is_done = is_done | is_level | is_rounding | (step <= 2 * limits.eps)
+        return new, low, high, error, is_done, count + 1
 
     def unfinished(state: Any) -> Any:
-        return ~jnp.all(state[3]) & (state[4] < MAX_STEPS)
+        return ~jnp.all(state[4]) & (state[5] < MAX_STEPS)
 
-    start = jnp.zeros_like(z), lowest, highest, jnp.zeros(z.shape, bool), 0
-    return _coordinate(law, jax.lax.while_loop(unfinished, improve, start)[0])
+    error, is_done = jnp.full_like(z, jnp.inf), jnp.zeros(z.shape, bool)
+    start = jnp.zeros_like(z), lowest, highest, error, is_done, 0
+    u, low, high, error, _, _ = jax.lax.while_loop(unfinished, improve, start)
+    # Where no number has this score, theta is beyond the last one, at the end of the support.
+    u = jnp.where(error > FAR, jnp.where(z < 0, low, high), u)
+    return _coordinate(law, u)
 
 
 def _solve_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
@@ -355,7 +366,7 @@ def _is_zero(tangent: Any) -> bool:
     return isinstance(tangent, SymbolicZero)
 
 
-def _dense(tangent: Any, primal: Array) -> Array:
+def _dense(tangent: Any, primal: Any) -> Array:
     return jnp.zeros_like(primal) if _is_zero(tangent) else tangent
 
 

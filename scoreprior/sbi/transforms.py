@@ -56,14 +56,15 @@ class ProbabilityIntegral(Transform):
     def sign(self) -> float:
         return 1.0
 
-    def __call__(self, x: Array) -> Array:
-        return quantile(self.law, x)
+    def __call__(self, x: Any) -> Array:
+        return quantile(self.law, _floating(x))
 
-    def _inverse(self, y: Array) -> Array:
+    def _inverse(self, y: Any) -> Array:
+        y = _floating(y)
         return jnp.where(self.law.support(y), normal_score(self.law, y), jnp.nan)
 
-    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: Any = None) -> Array:
-        return log_normal(x) - self.law.log_prob(y)
+    def log_abs_det_jacobian(self, x: Any, y: Any, intermediates: Any = None) -> Array:
+        return log_normal(_floating(x)) - self.law.log_prob(y)
 
     def tree_flatten(self) -> Any:
         return (self.law,), (("law",), {})
