@@ -172,6 +172,8 @@ def test_ends_of_the_support_are_infinite_and_beyond_is_nan():
     np.testing.assert_array_equal(box.inv(jnp.array([-1.0, 3.0, -1.1, 3.1])), expected)
     for prior, outside in [(dist.Gamma(2.0, 1.0), -1.0), (dist.Beta(2.0, 2.0), 1.5)]:
         assert jnp.isnan(gaussianise(prior).inv(outside))
+    student = gaussianise(dist.StudentT(jnp.float32(0.7)))
+    np.testing.assert_array_equal(student(jnp.float32([12.0, -12.0])), [np.inf, -np.inf])
 
 
 SOLVED = {"gamma": dist.Gamma(1.5, 2.0), "beta": dist.Beta(1.5, 2.0), "Student": dist.StudentT(3.0)}

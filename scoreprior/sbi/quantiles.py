@@ -258,7 +258,8 @@ def _student_log_tail(df: Array, s: Array) -> Array:
     half = jnp.full_like(s, 0.5)
     inner = betainc(half, df / 2, jnp.where(is_near, ratio / (1 + ratio), 0.5))
     outer = betainc(df / 2, half, jnp.where(is_near, 0.5, 1 / (1 + ratio)))
-    power = -df * jnp.log(jnp.where(is_far, root, 1.0)) - jnp.log(df / 2) - betaln(df / 2, half)
+    log_root = jnp.log(jnp.where(is_far, s, 1.0)) - jnp.log(df) / 2
+    power = -df * log_root - jnp.log(df / 2) - betaln(df / 2, half)
     tail = jnp.where(is_near, jnp.log1p(-inner), jnp.log(outer))
     return jnp.where(is_far, power, tail) - LOG_2
 
