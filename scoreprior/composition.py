@@ -152,7 +152,7 @@ class Composition(dist.Distribution):
         that needs energies where a factor has none, and for a ratio of kernels with `noise`.
         """
         flows = [stack[0].flow for stack in self.stacks]  # levels are alike in a stack
-        low = min(flow.sigma_min for flow in flows)
+        low = self._lowest(min(flow.sigma_min for flow in flows))
         high = max(flow.sigma_max for flow in flows)
         sigmas = LogGrid(low, high)(num_steps).astype(self.exponents.dtype)
         weight, control = weight or Trapezoid(), control or VarianceControl()
@@ -172,6 +172,10 @@ class Composition(dist.Distribution):
             )
         levels = Levels.full_noise(low, sigmas)
         return Composed(self.factors(), levels, weight, control, noise, **tilt)
+
+    def _lowest(self, sigma_min: float) -> float:
+        """Down to which scale the levels on top of `sigma_min` are even in their logarithm."""
+        return sigma_min
 
     def _least_steps(self, low: float, high: float) -> int:
         """How many keep a step from overshooting the narrowest mode."""

@@ -236,13 +236,25 @@ def test_tails_wider_than_their_gaussian_widen_the_bridge():
     assert bridge.pull(product.factors(), kept.stack) >= bridge.LEAST_PULL
 
 
-def test_a_posterior_as_narrow_as_the_noise_is_warned_of():
-    posteriors = [
-        ScorePrior(Flow(law, law.moments(), sigma_min=0.5, sigma_max=SIGMA_MAX))
-        for law in (PRIOR.posterior(jnp.eye(2), x, 0.01 * jnp.eye(2)) for x in X)
-    ]
-    with pytest.warns(UserWarning, match="near the noise of 0.5 in each of its factors"):
-        sbi.compose(posteriors, PRIOR)
+def test_a_posterior_narrower_than_the_noise_of_its_factors_is_exact():
+    """The noise shows against the width of one posterior, 0.6 and more, only."""
+    x = jnp.broadcast_to(X[:1], (400, 2))
+    posterior = ScorePrior(
+        Flow(
+            PRIOR.posterior(jnp.eye(2), X[0], NOISE),
+            PRIOR.posterior(jnp.eye(2), X[0], NOISE).law,
+            sigma_min=0.05,
+            sigma_max=SIGMA_MAX,
+        )
+    )
+    product = sbi.compose([posterior] * len(x), PRIOR)
+    precision = np.eye(2) + len(x) * np.linalg.inv(NOISE)
+    assert np.linalg.inv(precision).diagonal().min() < product.priors[0].sigma_min ** 2
+    draws, _, ess = cloud(product, 60, 2000)
+    mean = np.linalg.solve(precision, np.linalg.inv(NOISE) @ np.asarray(x).sum(0))
+    assert_mean(draws, mean, bias=0.2)
+    assert_cov(draws, np.linalg.inv(precision), bias=0.3)
+    assert ess > 1900
 
 
 def test_another_prior_takes_the_place_of_that_of_training():

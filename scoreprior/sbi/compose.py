@@ -13,7 +13,7 @@ On the way from noise to data the cloud goes by a `bridge` of Gaussians.
 """
 
 import dataclasses
-import warnings
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +43,9 @@ class Product(Composition):
     `log p(x_1..n) - sum_i log p(x_i)`. That is how much better the observations fit one parameter
     than one each: far below what simulated data give, they do not belong together.
 
+    Each factor has the noise `sigma_min`, which is to be small against the width of the posterior
+    of one observation, and need not be against that of all.
+
     **Attributes:** `priors`, the posteriors and after them the priors; `exponents`;
     `num_observations`; `share` of the bridge, 0 for the plain path.
     """
@@ -67,7 +70,6 @@ class Product(Composition):
         found = find_bridge(laws, exponents, self.factors()) if bridge else None
         if found is not None:
             (self.bridge_stack, self.log_scale, self.num_repaired), self.share = found
-            _warn_if_narrow(found[0].stack, laws[0].sigma_min)
         elif batch_size is not None:
             raise ValueError(
                 f"batch_size must be None where posteriors have tails too wide for a bridge, got "
@@ -101,6 +103,13 @@ class Product(Composition):
             rest=(*priors, stack.take(np.arange(n, stack.size))),
             num_in_batch=self.batch_size,
         )
+
+    def _lowest(self, sigma_min: float) -> float:
+        if self.bridge_stack is None:
+            return sigma_min
+        center = self.bridge_stack[self.bridge_stack.size - 1].moments
+        narrowest = math.sqrt(float(np.min(np.asarray(center.eigenvalues))) + sigma_min**2)
+        return min(sigma_min, narrowest / 3)
 
     def _least_steps(self, low: float, high: float) -> int:
         return super()._least_steps(low, high) if self.bridge_stack is None else 1
@@ -186,18 +195,6 @@ def _check_for_batches(weight: AbstractWeight | None, control: AbstractControl |
         raise ValueError(
             "weight must be Trapezoid() or Euler() with mini-batches, of which only a rate is "
             f"known, got {type(weight).__name__}()"
-        )
-
-
-def _warn_if_narrow(bridge: Stack[Factor], sigma_min: float) -> None:
-    variances = np.asarray(bridge[bridge.size - 1].moments.eigenvalues, float) + sigma_min**2
-    narrowest = float(np.sqrt(variances.min()))
-    if narrowest < 2 * sigma_min:
-        warnings.warn(
-            f"the posterior of all observations has a standard deviation of about {narrowest:.2g}, "
-            f"near the noise of {sigma_min:g} in each of its factors, which then shows: take "
-            "posteriors with a smaller sigma_min",
-            stacklevel=4,
         )
 
 
