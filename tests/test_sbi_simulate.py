@@ -249,7 +249,12 @@ def test_ctrl_c_returns_what_has_arrived(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Table, "add", interrupted)
     simulator = JaxSimulator(gaussian, chunk_size=8)
-    made = quiet(PRIOR, simulator, 100, store=tmp_path / "store")
+    # A process that was started in the background may ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        made = quiet(PRIOR, simulator, 100, store=tmp_path / "store")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (len(made), made.num_pending) == (24, 76)
     assert "76 not made yet" in repr(made)
     assert_same(Simulations.load(tmp_path / "store"), made)
