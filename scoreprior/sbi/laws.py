@@ -10,8 +10,6 @@ import numpyro.distributions as dist
 from numpyro.distributions.transforms import (
     AffineTransform,
     ComposeTransform,
-    DiscreteCosineTransform,
-    HaarTransform,
     IdentityTransform,
     IndependentTransform,
     LowerCholeskyAffine,
@@ -28,8 +26,6 @@ from scoreprior.sbi.transforms import gaussianise
 ELEMENTWISE = AffineTransform, IdentityTransform
 LINEAR = (
     *ELEMENTWISE,
-    DiscreteCosineTransform,
-    HaarTransform,
     LowerCholeskyAffine,
     PermuteTransform,
     RecursiveLinearTransform,
