@@ -237,21 +237,16 @@ def test_tails_wider_than_their_gaussian_widen_the_bridge():
 
 
 def test_a_posterior_narrower_than_the_noise_of_its_factors_is_exact():
-    """The noise shows against the width of one posterior, 0.6 and more, only."""
-    x = jnp.broadcast_to(X[:1], (400, 2))
-    posterior = ScorePrior(
-        Flow(
-            PRIOR.posterior(jnp.eye(2), X[0], NOISE),
-            PRIOR.posterior(jnp.eye(2), X[0], NOISE).law,
-            sigma_min=0.05,
-            sigma_max=SIGMA_MAX,
-        )
-    )
-    product = sbi.compose([posterior] * len(x), PRIOR)
-    precision = np.eye(2) + len(x) * np.linalg.inv(NOISE)
-    assert np.linalg.inv(precision).diagonal().min() < product.priors[0].sigma_min ** 2
+    """The law is the product of noised posteriors, under a quarter of the noise in variance."""
+    n, noise = 400, 0.15
+    law = PRIOR.posterior(jnp.eye(2), X[0], NOISE)
+    posterior = ScorePrior(Flow(law, law.law, sigma_min=noise, sigma_max=SIGMA_MAX))
+    product = sbi.compose([posterior] * n, PRIOR)
+    one = np.linalg.inv(np.asarray(law.law.covariance()) + noise**2 * np.eye(2))
+    precision = n * one - (n - 1) / (1 + noise**2) * np.eye(2)
+    mean = np.linalg.solve(precision, n * one @ np.asarray(law.law.mean))
+    assert np.linalg.inv(precision).diagonal().max() < noise**2 / 4
     draws, _, ess = cloud(product, 60, 2000)
-    mean = np.linalg.solve(precision, np.linalg.inv(NOISE) @ np.asarray(x).sum(0))
     assert_mean(draws, mean, bias=0.2)
     assert_cov(draws, np.linalg.inv(precision), bias=0.3)
     assert ess > 1900

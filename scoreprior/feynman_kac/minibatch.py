@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from scoreprior._stack import Stack
-from scoreprior._typing import Event, Scalar
+from scoreprior._typing import Event, Key, Scalar
 from scoreprior.feynman_kac.composed import Composed, Factor, sum_over
 
 
@@ -43,8 +43,7 @@ class MiniBatched(Composed):
             return factor.exponent * score, factor.exponent * jnp.sum(score**2)
 
         n, m = self.pairs[0].size, self.num_in_batch
-        key = jax.random.fold_in(jax.random.key(0), _bits(r))
-        batch = jax.random.choice(key, n, (m,), replace=False)
+        batch = jax.random.choice(level_key(r), n, (m,), replace=False)
         scores, gaussian = (stack.take(batch).map(lambda f: f.score(x, r)) for stack in self.pairs)
         gains = scores - gaussian
         others, squares = sum_over(self.rest, term)
@@ -59,9 +58,10 @@ class MiniBatched(Composed):
         raise NotImplementedError("mini-batches have no energy")
 
 
-def _bits(r: Scalar) -> Any:
-    """An integer that differs between levels."""
-    return jax.lax.bitcast_convert_type(r.astype(jnp.float32), jnp.uint32)
+def level_key(sigma: Scalar) -> Key:
+    """A key for each noise level, the same for all events there."""
+    bits = jax.lax.bitcast_convert_type(sigma.astype(jnp.float32), jnp.uint32)
+    return jax.random.fold_in(jax.random.key(0), bits)
 
 
-__all__ = ["MiniBatched"]
+__all__ = ["MiniBatched", "level_key"]

@@ -22,6 +22,7 @@ from scoreprior.composition import Composition
 from scoreprior.denoise import AbstractDenoiser
 from scoreprior.feynman_kac import Factor
 from scoreprior.feynman_kac.composed import sum_over
+from scoreprior.feynman_kac.minibatch import level_key
 from scoreprior.sbi.compose import Product
 
 
@@ -193,15 +194,10 @@ class Damped(AbstractWithTime):
         prior = self.fading_prior(self.priors[0][0], z, sigma)
         size = n if self.batch_size is None else self.batch_size
         if size < n:
-            key = jax.random.fold_in(jax.random.key(0), _bits(sigma))
-            posteriors = posteriors.take(jax.random.choice(key, n, (size,), replace=False))
+            batch = jax.random.choice(level_key(sigma), n, (size,), replace=False)
+            posteriors = posteriors.take(batch)
         gains = sum_over((posteriors,), lambda f: _score(f, z, sigma) - prior)
         return prior + self.last ** self.time(sigma) * n / size * gains
-
-
-def _bits(sigma: Scalar) -> Array:
-    """An integer that differs between levels."""
-    return jax.lax.bitcast_convert_type(sigma.astype(jnp.float32), jnp.uint32)
 
 
 @eqx.filter_jit
