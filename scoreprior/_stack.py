@@ -28,7 +28,7 @@ class Stack[Item](eqx.Module):
         columns = list(zip(*(jax.tree.leaves(item) for item in items), strict=True))
         is_shared = tuple(all(leaf is column[0] for leaf in column) for column in columns)
         leaves = [
-            column[0] if shared else jnp.stack(column)
+            column[0] if shared else _stacked(column)
             for column, shared in zip(columns, is_shared, strict=True)
         ]
         return cls(leaves, is_shared, jax.tree.structure(items[0]), len(items))
@@ -100,6 +100,13 @@ class Stack[Item](eqx.Module):
         pairs = zip(self.leaves, self.is_shared, strict=True)
         leaves = [leaf if shared else next(rest) for leaf, shared in pairs]
         return jax.tree.unflatten(self.structure, leaves)
+
+
+def _stacked(column: Sequence[Array]) -> Array:
+    """`jnp.stack`, whose compilation takes minutes for ten thousand arrays, only where it must."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in column):
+        return jnp.stack(column)
+    return jnp.asarray(np.stack([np.asarray(leaf) for leaf in column]))
 
 
 __all__ = ["Stack"]
