@@ -57,7 +57,7 @@ from scoreprior.mcmc import (
     Slice,
     SplitGibbs,
 )
-from scoreprior.plot import plot_posterior_images
+from scoreprior.plot import plot_posterior_images, plot_residuals
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
 from scoreprior.smc import FeynmanKac, NestedSampling, PersistentSMC, TemperedSMC
@@ -133,6 +133,7 @@ __all__ = [
     "log_bayes_factor",
     "nn",
     "plot_posterior_images",
+    "plot_residuals",
     "sample",
     "save",
     "sbi",

@@ -1,8 +1,4 @@
-"""Pictures of posteriors over images.
-
-Figures are made without `pyplot` and without a display: no global state, and nothing to close.
-Save one with `figure.savefig("posterior.png", dpi=200)`.
-"""
+"""The posterior of an image, on one page."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +10,7 @@ from scoreprior._util import check_count
 # Both take long to load: not before they are needed.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
     from xarray import DataTree
@@ -22,6 +19,11 @@ else:
 
 SIDE, GAP, BAR, MARGIN, HEAD = 1.15, 0.1, 0.09, 0.12, 0.24
 """Inches: width of an image, between images, of a colour bar, around the page, of a title."""
+
+RANKS = (0.0, 0.05, 0.25, 0.75, 0.95, 1.0)
+RANK_COLOURS = ("#b2182b", "#f4a582", "#f7f7f7", "#92c5de", "#2166ac")
+"""Shares of draws below the truth, and a colour for each stretch: the ends are beyond the central
+90 %, the middle half is nearly white."""
 
 
 def plot_posterior_images(
@@ -34,7 +36,7 @@ def plot_posterior_images(
     cmap: str = "gray_r",
     title: str | None = None,
 ) -> Figure:
-    """Truth, data, posterior mean, standard deviation and draws of an image, on one page.
+    """Truth, data, posterior mean, standard deviation, coverage and draws of an image, on one page.
 
     **Arguments:** `tree`, as `infer` returns it; `var`, the image [chain, draw, row, col] in its
     `posterior`; `truth` [row, col] and `data`, an image in the units of the truth, of any size,
@@ -44,6 +46,10 @@ def plot_posterior_images(
 
     All images share one colour scale, from the 1st to the 99th percentile of all but the data;
     arrows at its ends tell that some pixels go beyond. The standard deviation has its own scale.
+    With a truth comes a map of its rank, the share of draws below it in each pixel, in five
+    colours: red where the truth is below the central 90 % of the draws, dark blue where it is
+    above. Pixels of one image are dependent, so that the share within 90 %, in the title, varies
+    more than that of independent ones.
     """
     draws = _draws(tree, var)
     check_count("num_draws", num_draws, least=0)
@@ -56,12 +62,18 @@ def plot_posterior_images(
     shown = {"Truth": truth, "Data": data, "Posterior mean": draws.mean(0)}
     top = {name: _image(name.lower(), image) for name, image in shown.items() if image is not None}
     below = {f"Draw {i + 1}": image for i, image in enumerate(picks)}
-    return _figure(top, draws.std(0, ddof=1), below, cmap, title)
+    if truth is not None and top["Truth"].shape != draws.shape[1:]:
+        raise ValueError(
+            f"truth must have the shape of the image, {draws.shape[1:]}, got {top['Truth'].shape}"
+        )
+    rank = None if truth is None else _rank(draws, top["Truth"])
+    return _figure(top, draws.std(0, ddof=1), rank, below, cmap, title)
 
 
 def _figure(
     top: dict[str, np.ndarray],
     sd: np.ndarray,
+    rank: np.ndarray | None,
     below: dict[str, np.ndarray],
     cmap: str,
     title: str | None,
@@ -70,7 +82,8 @@ def _figure(
 
     height = SIDE * sd.shape[0] / sd.shape[1]
     bar_room = BAR + 0.36
-    width_top = (len(top) + 1) * (SIDE + GAP) + 2 * bar_room
+    num_bars = 2 if rank is None else 3
+    width_top = (len(top) + num_bars - 1) * (SIDE + GAP) + num_bars * bar_room
     width = 2 * MARGIN + max(width_top, len(below) * (SIDE + GAP)) - GAP
     page = MARGIN + (height + HEAD) * (2 if below else 1) + (0.2 if title else 0)
     figure = Figure(figsize=(width, page))
@@ -89,6 +102,9 @@ def _figure(
     x += bar_room
     drawn = _show(axes(x, 0), "Posterior sd", sd, (0.0, float(sd.max())), "viridis")
     _bar(axes(x + SIDE + GAP / 2, 0, BAR), drawn, "neither")
+    if rank is not None:
+        x += SIDE + GAP + bar_room
+        _show_rank(axes(x, 0), axes(x + SIDE + GAP / 2, 0, BAR), rank)
     for i, (name, image) in enumerate(below.items()):
         _show(axes(MARGIN + i * (SIDE + GAP), 1), name, image, limits, cmap)
     if title:
@@ -97,7 +113,7 @@ def _figure(
 
 
 def _show(
-    ax: Axes, name: str, image: np.ndarray, limits: tuple[float, float], cmap: str
+    ax: Axes, name: str, image: np.ndarray, limits: tuple[float, float], cmap: "str | Colormap"
 ) -> "AxesImage":
     """Draw an image; the hatched background shows where it is NaN."""
     ax.set_title(name, fontsize=8, pad=3)
@@ -115,6 +131,22 @@ def _show(
         interpolation="none",
         aspect="auto",
     )
+
+
+def _show_rank(ax: Axes, ax_bar: Axes, rank: np.ndarray) -> None:
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    within = np.mean((rank >= RANKS[1]) & (rank <= RANKS[-2]))
+    colours = ListedColormap(RANK_COLOURS)
+    drawn = _show(ax, f"Truth: {100 * within:.0f} % in 90 %", rank, (0.0, 1.0), colours)
+    drawn.set_norm(BoundaryNorm(RANKS, colours.N))
+    _bar(ax_bar, drawn, "neither")
+    ax_bar.set_yticks(RANKS, [f"{share:g}" for share in RANKS])
+
+
+def _rank(draws: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Share of draws below the truth, half of those that equal it."""
+    return (draws < truth).mean(0) + (draws == truth).mean(0) / 2
 
 
 def _bar(ax: Axes, drawn: "AxesImage", extend: str) -> None:
