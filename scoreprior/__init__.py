@@ -15,7 +15,19 @@ Six nouns, one verb each:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreprior import check, denoise, feynman_kac, guide, ito, nn, sample, sbi, train, vi
+from scoreprior import (
+    check,
+    denoise,
+    feynman_kac,
+    guide,
+    ito,
+    nn,
+    operators,
+    sample,
+    sbi,
+    train,
+    vi,
+)
 from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.composition import Composition, compose
 from scoreprior.density import (
@@ -132,6 +144,7 @@ __all__ = [
     "load_metadata",
     "log_bayes_factor",
     "nn",
+    "operators",
     "plot_posterior_images",
     "plot_residuals",
     "sample",

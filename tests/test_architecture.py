@@ -43,6 +43,7 @@ DOORS = {
     "dask": {"sbi"},
     "distributed": {"sbi"},
     "diffrax": {"solver"},
+    "jax_finufft": {"operators"},
     "matplotlib": {"plot", "check"},
     "numpyro": {"composition", "prior", "problem", "vi", "infer", "sbi", "check", "cli"},
     "optax": {"mcmc", "train", "vi"},
@@ -53,7 +54,7 @@ DOORS = {
     "xarray": {"compare", "infer", "sbi", "check", "plot"},
     "zarr": {"sbi"},
 }
-LAZY = {"dask", "diffrax", "distributed", "matplotlib", "sklearn", "zarr"}
+LAZY = {"dask", "diffrax", "distributed", "jax_finufft", "matplotlib", "sklearn", "zarr"}
 STANDARD = set(sys.stdlib_module_names)
 
 

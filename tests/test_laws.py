@@ -9,6 +9,7 @@ from laws import (
     check_distribution,
     check_exact_denoiser,
     check_guidance,
+    check_operator,
     check_transform,
 )
 from oracles import A_M, COV_M, Y_M
@@ -16,6 +17,7 @@ from priors import COARSE, PRIORS, draws, mixture
 from scoreprior.denoise import AbstractDenoiser, Empirical
 from scoreprior.guide import TMPD
 from scoreprior.observation import LinearObservation
+from scoreprior.operators import Circular, GaussianBlur
 from scoreprior.prior import ProbabilityFlow, ScorePrior
 
 X = draws(PRIORS["exact"], 2)
@@ -74,6 +76,21 @@ class SeesItsNeighbours(ScorePrior):
         return super().log_prob(value) + jnp.mean(value)
 
 
+class WrongAdjoint(GaussianBlur):
+    def adjoint(self, y):
+        return 1.01 * super().adjoint(y)
+
+
+class NotLinear(GaussianBlur):
+    def apply(self, x):
+        return super().apply(x) + 1e-3
+
+
+class SVDOfAnother(GaussianBlur):
+    def svd(self):
+        return GaussianBlur(1.01 * self.width, self.shape_in, self.boundary).svd()
+
+
 @pytest.mark.parametrize("denoiser", [Rounded(), WrongScore()])
 def test_wrong_denoisers_are_seen(denoiser):
     check_denoiser(mixture(), X, 0.5)
@@ -107,3 +124,14 @@ def test_wrong_distributions_are_seen(kind):
     assert prior.flow.solver == COARSE
     with pytest.raises(AssertionError):
         check_distribution(prior, KEY)
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [kind(0.7, (3, 4), Circular()) for kind in (WrongAdjoint, NotLinear, SVDOfAnother)],
+    ids=lambda operator: type(operator).__name__,
+)
+def test_wrong_operators_are_seen(operator):
+    check_operator(GaussianBlur(0.7, (3, 4), Circular()), KEY)
+    with pytest.raises(AssertionError):
+        check_operator(operator, KEY)
