@@ -15,7 +15,19 @@ Six nouns, one verb each:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreprior import check, denoise, feynman_kac, guide, ito, nn, sample, sbi, train, vi
+from scoreprior import (
+    check,
+    denoise,
+    feynman_kac,
+    guide,
+    interferometry,
+    ito,
+    nn,
+    sample,
+    sbi,
+    train,
+    vi,
+)
 from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.composition import Composition, compose
 from scoreprior.density import (
@@ -126,6 +138,7 @@ __all__ = [
     "feynman_kac",
     "guide",
     "infer",
+    "interferometry",
     "ito",
     "load",
     "load_images",
