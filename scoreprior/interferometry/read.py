@@ -49,9 +49,8 @@ def read_eht_csv(path: str | os.PathLike[str]) -> Visibilities:
                 rows.append(_parse(text, where))
     if not rows:
         raise ValueError(f"{path}: expected lines of {len(COLUMNS)} values, found none")
-    time, one, two, u, v, amplitude, degrees, sigma = (
-        list(column) for column in zip(*rows, strict=True)
-    )
+    columns = [np.array(column) for column in zip(*rows, strict=True)]
+    time, one, two, u, v, amplitude, degrees, sigma = columns
     vis = amplitude * np.exp(1j * np.deg2rad(degrees))
     return Visibilities(time, one, two, u, v, vis, sigma)
 
