@@ -20,9 +20,15 @@ from scoreprior import (
     denoise,
     feynman_kac,
     guide,
+<<<<<<< HEAD
     ito,
     nn,
     operators,
+=======
+    interferometry,
+    ito,
+    nn,
+>>>>>>> visibilities
     sample,
     sbi,
     train,
@@ -138,6 +144,7 @@ __all__ = [
     "feynman_kac",
     "guide",
     "infer",
+    "interferometry",
     "ito",
     "load",
     "load_images",
