@@ -46,7 +46,7 @@ from scoreprior.density import (
     ScoreOnly,
 )
 from scoreprior.flow import Adaptive, FixedGrid, Flow, Multistep
-from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
+from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments, Separable
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
 from scoreprior.mcmc import (
@@ -134,6 +134,7 @@ __all__ = [
     "ScoreGradient",
     "ScoreOnly",
     "ScorePrior",
+    "Separable",
     "Slice",
     "SplitGibbs",
     "TemperedSMC",

@@ -20,7 +20,8 @@ from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import validate_sample
 
-from scoreprior._typing import Key, Scalar, Sigma
+from scoreprior._typing import Context, Key, Scalar, Sigma
+from scoreprior.denoise import Conditioned
 from scoreprior.density import AbstractDensity, FlowDensity, ScoreGradient
 from scoreprior.flow import Flow
 
@@ -121,6 +122,22 @@ class ScorePrior(dist.TransformedDistribution):
     def with_density(self, density: AbstractDensity) -> "ScorePrior":
         """The same prior under another density policy."""
         return ScorePrior(self.flow, density, validate_args=self._validate_args)
+
+    def with_context(self, context: Context) -> "ScorePrior":
+        """The same prior given another context, one that the conditional denoiser was trained with.
+
+        The flow keeps its moments, so that the noise `u` of both priors is one space. Raises
+        `TypeError` unless the denoiser of the flow is a `denoise.Conditioned`.
+        """
+        denoiser = self.flow.denoiser
+        if not isinstance(denoiser, Conditioned):
+            raise TypeError(
+                "with_context needs a prior whose denoiser is a denoise.Conditioned, got "
+                f"{type(denoiser).__name__}"
+            )
+        given = jax.tree.map(jnp.asarray, context)
+        flow = eqx.tree_at(lambda f: f.denoiser, self.flow, Conditioned(denoiser.denoiser, given))
+        return ScorePrior(flow, self.density, validate_args=self._validate_args)
 
     def sample_with_intermediates(
         self, key: Key | None, sample_shape: tuple[int, ...] = ()

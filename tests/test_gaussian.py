@@ -1,4 +1,4 @@
-"""Moments: whitening laws, the four structures against independent computations, shrinkage."""
+"""Moments: whitening laws, the structures against independent computations, shrinkage."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 from sklearn.covariance import ledoit_wolf
 
-from scoreprior.gaussian import Dense, Diagonal, Fourier, HartleyBasis, Isotropic, Moments
+from scoreprior.gaussian import (
+    Dense,
+    Diagonal,
+    Fourier,
+    HartleyBasis,
+    Isotropic,
+    KroneckerBasis,
+    Moments,
+    Separable,
+)
 
-STRUCTURES = [Isotropic(), Diagonal(), Dense(), Fourier(), Fourier(axes=(0,))]
+STRUCTURES = [Isotropic(), Diagonal(), Dense(), Fourier(), Fourier(axes=(0,)), Separable()]
 SHAPE = (3, 4)
 
 
@@ -99,6 +108,25 @@ def test_fourier_moments_recover_a_known_spectrum():
     # Each power is a mean of n chi-squared draws: relative standard error sqrt(2 / n) = 1 %.
     assert float(jnp.abs(fitted.eigenvalues / spectrum - 1).max()) < 5 * (2 / n) ** 0.5
     assert float(jnp.ptp(fitted.mean)) == 0
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4)])
+def test_separable_moments_recover_a_kronecker_covariance(shape):
+    keys = jax.random.split(jax.random.key(4), len(shape))
+    factors = [jax.random.normal(key, (n, n)) for key, n in zip(keys, shape, strict=True)]
+    whole = jnp.ones((1, 1))
+    for factor in factors:
+        whole = jnp.kron(whole, factor)
+    # Plus and minus every column of a root of the covariance: its sample covariance is exact.
+    columns = whole.T * len(whole) ** 0.5
+    data = 0.5 + jnp.concatenate([columns, -columns]).reshape(-1, *shape)
+    moments = Moments.fit(data, Separable())
+    np.testing.assert_allclose(moments.covariance(), whole @ whole.T, atol=1e-9)
+    np.testing.assert_allclose(moments.mean, jnp.full(shape, 0.5), atol=1e-12)
+    assert isinstance(moments.basis, KroneckerBasis)
+    variances = np.asarray(moments.eigenvalues)
+    for axis in range(len(shape)):
+        assert (np.diff(variances, axis=axis) < 0).all()  # the largest first
 
 
 def test_singular_covariances_keep_their_rank():

@@ -289,12 +289,14 @@ def test_a_missing_file_is_named(saved, file):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"digit does not exist.*bundled one, \['digits'\]"):
+    with pytest.raises(
+        FileNotFoundError, match=r"digit does not exist.*bundled one, \['digits', 'radio'\]"
+    ):
         sp.load(tmp_path / "digit")
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match="file is a file: give the folder"):
         sp.load(tmp_path / "file")
-    with pytest.raises(ValueError, match=r"name must be one of \['digits'\], got 'faces'"):
+    with pytest.raises(ValueError, match=r"name must be one of \['digits', 'radio'\], got 'faces'"):
         sp.load_images("faces")
 
 

@@ -26,6 +26,7 @@ from scoreprior.denoise.energy import (
 )
 from scoreprior.denoise.exact import AbstractExact, Empirical, Gaussian, GaussianMixture, Smoothed
 from scoreprior.denoise.network import Network
+from scoreprior.denoise.subspace import Subspace, leading
 from scoreprior.denoise.uniform import Uniform
 
 __all__ = [
@@ -56,8 +57,10 @@ __all__ = [
     "Smoothed",
     "SquaredDistance",
     "SubVP",
+    "Subspace",
     "Uniform",
     "VPrediction",
     "VelocityPrediction",
     "asymmetry",
+    "leading",
 ]

@@ -20,6 +20,7 @@ from scoreprior._typing import PyTree
 PARTS = (
     *(denoise.Calibrated, denoise.Conditioned, denoise.Network, denoise.Rescaled),
     *(denoise.Empirical, denoise.Gaussian, denoise.GaussianMixture, denoise.Smoothed),
+    denoise.Subspace,
     *(denoise.EnergyNetwork, denoise.InnerProduct, denoise.SquaredDistance),
     *(denoise.CleanPrediction, denoise.NoisePrediction, denoise.ScorePrediction),
     *(denoise.VPrediction, denoise.VelocityPrediction),
@@ -29,7 +30,8 @@ PARTS = (
     *(density.Exact, density.Hutchinson, density.ScoreGradient),
     *(flow.Adaptive, flow.FixedGrid, flow.Flow, flow.Multistep, flow.RungeKutta),
     *(flow.ArctanTime, flow.LogRatioTime, flow.LogTime, flow.PowerTime),
-    *(gaussian.Eigenbasis, gaussian.HartleyBasis, gaussian.Moments, gaussian.StandardBasis),
+    *(gaussian.Eigenbasis, gaussian.HartleyBasis, gaussian.KroneckerBasis, gaussian.Moments),
+    gaussian.StandardBasis,
 )
 """What can be saved: classes whose constructor takes their fields."""
 
