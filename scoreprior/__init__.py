@@ -28,7 +28,7 @@ from scoreprior.density import (
     ScoreOnly,
 )
 from scoreprior.flow import Adaptive, FixedGrid, Flow, Multistep
-from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments
+from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, LowRank, Moments
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
 from scoreprior.mcmc import (
@@ -103,6 +103,7 @@ __all__ = [
     "Hutchinson",
     "Isotropic",
     "LatentGaussian",
+    "LowRank",
     "Moments",
     "Multistep",
     "NestedSampling",
