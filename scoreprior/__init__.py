@@ -15,7 +15,7 @@ Six nouns, one verb each:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from scoreprior import check, denoise, feynman_kac, guide, ito, nn, sample, sbi, train, vi
+from scoreprior import check, denoise, feynman_kac, guide, ito, learn, nn, sample, sbi, train, vi
 from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.composition import Composition, compose
 from scoreprior.density import (
@@ -128,6 +128,7 @@ __all__ = [
     "guide",
     "infer",
     "ito",
+    "learn",
     "load",
     "load_images",
     "load_metadata",

@@ -1,6 +1,5 @@
 """Gaussian priors from measurements: closed forms, the slope of the likelihood, bad input."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -138,8 +137,8 @@ def test_bad_arguments_are_refused():
         fit_gaussian(seen, Dense(), num_steps=1)
     with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
         fit_gaussian(seen, Diagonal(), num_steps=0)
+    flat = Moments(jnp.zeros(6), jnp.ones(6))
     with pytest.raises(ValueError, match=r"start must be of events of shape \(2, 3\), got \(6,\)"):
-        flat = Moments(jnp.zeros(6), jnp.ones(6))
         fit_gaussian(seen, Diagonal(), num_steps=1, start=flat)
     with pytest.raises(ValueError, match="rank must be below the size of an event, 6, got 6"):
         Moments.fit(jnp.asarray(EVENTS), LowRank(6))

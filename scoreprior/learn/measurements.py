@@ -145,7 +145,8 @@ class Measurements(eqx.Module):
         size = float(jnp.max(jnp.abs(image)) + jnp.max(jnp.abs(other)))
         if not error <= 1e3 * float(jnp.finfo(self.dtype).eps) * size:
             raise ValueError(
-                f"operator must be linear in the event, got A(2x - 3z) off 2 A(x) - 3 A(z) by {error:g}"
+                "operator must be linear in the event, got A(2x - 3z) off 2 A(x) - 3 A(z) by "
+                f"{error:g}"
             )
 
 
