@@ -15,6 +15,7 @@ Six nouns, one verb each:
 
 from importlib.metadata import PackageNotFoundError, version
 
+<<<<<<< HEAD
 from scoreprior import (
     check,
     denoise,
@@ -34,6 +35,9 @@ from scoreprior import (
     train,
     vi,
 )
+=======
+from scoreprior import check, denoise, feynman_kac, guide, ito, learn, nn, sample, sbi, train, vi
+>>>>>>> learn
 from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.composition import Composition, compose
 from scoreprior.density import (
@@ -46,7 +50,11 @@ from scoreprior.density import (
     ScoreOnly,
 )
 from scoreprior.flow import Adaptive, FixedGrid, Flow, Multistep
+<<<<<<< HEAD
 from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments, Separable
+=======
+from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, LowRank, Moments
+>>>>>>> learn
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
 from scoreprior.mcmc import (
@@ -121,6 +129,7 @@ __all__ = [
     "Hutchinson",
     "Isotropic",
     "LatentGaussian",
+    "LowRank",
     "Moments",
     "Multistep",
     "NestedSampling",
@@ -147,6 +156,7 @@ __all__ = [
     "infer",
     "interferometry",
     "ito",
+    "learn",
     "load",
     "load_images",
     "load_metadata",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scoreprior._typing import Event, Key, Scalar, Sigma
-from scoreprior._util import check_data, is_traced, size_of
+from scoreprior._util import check_count, check_data, is_traced, size_of
 
 
 class AbstractBasis(eqx.Module):
@@ -146,8 +146,13 @@ class Moments(eqx.Module):
     def fit(cls, data: Float[Array, "n *event"], structure: "AbstractStructure") -> "Moments":
         """Fit to `data` [n, *event].
 
+<<<<<<< HEAD
         `structure` of the covariance: `Isotropic()`, `Diagonal()`, `Dense()`, `Fourier(axes)` or
         `Separable()`.
+=======
+        `structure` of the covariance: `Isotropic()`, `Diagonal()`, `Dense()`, `LowRank(rank)` or
+        `Fourier(axes)`.
+>>>>>>> learn
         """
         data = jnp.asarray(data)
         check_data("data", data)
@@ -247,6 +252,33 @@ class Dense(AbstractStructure):
         target = jnp.trace(sample) / mean.size * jnp.eye(mean.size, dtype=data.dtype)
         weight = _ledoit_wolf(centred, sample, target) if self.shrinkage is None else self.shrinkage
         return Moments.dense(mean, (1 - weight) * sample + weight * target)
+
+
+class LowRank(AbstractStructure):
+    """`W W' + s^2 I` with `rank` columns: probabilistic principal components.
+
+    The maximum of the likelihood, in closed form: the `rank` largest eigenvalues of the sample
+    covariance are kept, and the others replaced by their mean (Tipping & Bishop, J. R. Stat. Soc. B
+    61, 1999, eqs. 7 and 8).
+    """
+
+    rank: int
+
+    def __check_init__(self):
+        check_count("rank", self.rank)
+
+    def fit(self, data: Float[Array, "n *event"]) -> Moments:
+        mean = data.mean(0)
+        if self.rank >= mean.size:
+            raise ValueError(
+                f"rank must be below the size of an event, {mean.size}, got {self.rank}"
+            )
+        centred = (data - mean[None]).reshape(len(data), -1)
+        sample = Moments.dense(mean, centred.T @ centred / len(data))
+        values = sample.eigenvalues.ravel()  # in ascending order
+        rest = mean.size - self.rank
+        values = jnp.where(jnp.arange(mean.size) < rest, jnp.mean(values[:rest]), values)
+        return Moments(mean, values.reshape(mean.shape), sample.basis)
 
 
 class Fourier(AbstractStructure):

@@ -21,7 +21,7 @@ LADDER = (
     {"density", "feynman_kac", "flow", "ito", "sample", "train"},
     {"composition", "io", "likelihood", "prior"},
     {"_psis", "_run", "_slice", "guide", "problem"},
-    {"mcmc", "smc", "vi"},
+    {"learn", "mcmc", "smc", "vi"},
     {"check", "compare", "infer", "plot"},
     {"sbi"},
     {"cli"},
@@ -60,7 +60,7 @@ DOORS = {
     "pandas": {"compare"},
     "safetensors": {"io", "train", "mcmc", "infer"},
     "sklearn": {"cli", "check"},
-    "tqdm": {"_run", "train", "sbi", "cli"},
+    "tqdm": {"_run", "train", "learn", "sbi", "cli"},
     "xarray": {"compare", "infer", "sbi", "check", "plot"},
     "zarr": {"sbi"},
 }

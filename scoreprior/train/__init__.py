@@ -17,13 +17,16 @@ from scoreprior.train.loss import (
     TargetScore,
     Teacher,
 )
+from scoreprior.train.noisy import SURE, Ambient, SUREScore
 
 __all__ = [
+    "SURE",
     "AbstractLevels",
     "AbstractLoss",
     "AbstractMetric",
     "AbstractRegulariser",
     "AbstractTarget",
+    "Ambient",
     "Clean",
     "Conservative",
     "DenoisingLoss",
@@ -35,6 +38,7 @@ __all__ = [
     "LogNormal",
     "LogUniform",
     "Residual",
+    "SUREScore",
     "TargetScore",
     "Teacher",
     "Unchanged",

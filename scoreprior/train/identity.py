@@ -44,9 +44,9 @@ def identity(run: Run, start: State, num_steps: int, evaluate_every: int) -> dic
         "data": digest(run.data),
         "held_out": digest(run.held_out),
         "initial weights": digest(run.params()),
-        "denoiser": _described(run.denoiser),
+        "denoiser": described(run.denoiser),
         "frozen arrays of denoiser": digest(frozen),
-        **{name: _described(part) for name, part in parts.items()},
+        **{name: described(part) for name, part in parts.items()},
         **{f"arrays of {name}": digest(part) for name, part in parts.items()},
         **{f"program of {name}": value for name, value in _programs(run, start).items()},
         "optimiser": _optimiser(run, start),
@@ -80,14 +80,14 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     return function(*arguments)
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     """Classes, settings and shapes. Every field is written, whether it holds its default or not."""
     if isinstance(value, eqx.Module):
         names = [field.name for field in dataclasses.fields(value)]
-        parts = (f"{name}={_described(getattr(value, name, None))}" for name in names)
+        parts = (f"{name}={described(getattr(value, name, None))}" for name in names)
         return f"{type(value).__name__}({', '.join(parts)})"
     if isinstance(value, tuple | list):
-        return f"({', '.join(map(_described, value))})"
+        return f"({', '.join(map(described, value))})"
     return ADDRESS.sub("0x", eqx.tree_pformat(value, width=1_000_000))
 
 
