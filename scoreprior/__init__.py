@@ -15,29 +15,21 @@ Six nouns, one verb each:
 
 from importlib.metadata import PackageNotFoundError, version
 
-<<<<<<< HEAD
 from scoreprior import (
     check,
     denoise,
     feynman_kac,
     guide,
-<<<<<<< HEAD
-    ito,
-    nn,
-    operators,
-=======
     interferometry,
     ito,
+    learn,
     nn,
->>>>>>> visibilities
+    operators,
     sample,
     sbi,
     train,
     vi,
 )
-=======
-from scoreprior import check, denoise, feynman_kac, guide, ito, learn, nn, sample, sbi, train, vi
->>>>>>> learn
 from scoreprior.compare import compare, log_bayes_factor
 from scoreprior.composition import Composition, compose
 from scoreprior.density import (
@@ -50,11 +42,7 @@ from scoreprior.density import (
     ScoreOnly,
 )
 from scoreprior.flow import Adaptive, FixedGrid, Flow, Multistep
-<<<<<<< HEAD
-from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, Moments, Separable
-=======
-from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, LowRank, Moments
->>>>>>> learn
+from scoreprior.gaussian import Dense, Diagonal, Fourier, Isotropic, LowRank, Moments, Separable
 from scoreprior.infer import infer
 from scoreprior.io import load, load_images, load_metadata, save
 from scoreprior.mcmc import (

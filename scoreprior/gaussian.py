@@ -146,13 +146,8 @@ class Moments(eqx.Module):
     def fit(cls, data: Float[Array, "n *event"], structure: "AbstractStructure") -> "Moments":
         """Fit to `data` [n, *event].
 
-<<<<<<< HEAD
-        `structure` of the covariance: `Isotropic()`, `Diagonal()`, `Dense()`, `Fourier(axes)` or
-        `Separable()`.
-=======
-        `structure` of the covariance: `Isotropic()`, `Diagonal()`, `Dense()`, `LowRank(rank)` or
-        `Fourier(axes)`.
->>>>>>> learn
+        `structure` of the covariance: `Isotropic()`, `Diagonal()`, `Dense()`, `LowRank(rank)`,
+        `Fourier(axes)` or `Separable()`.
         """
         data = jnp.asarray(data)
         check_data("data", data)
