@@ -22,7 +22,11 @@ from scoreprior import (
     guide,
     interferometry,
     ito,
+<<<<<<< HEAD
     learn,
+=======
+    likelihood,
+>>>>>>> visibilities
     nn,
     operators,
     sample,
@@ -144,7 +148,11 @@ __all__ = [
     "infer",
     "interferometry",
     "ito",
+<<<<<<< HEAD
     "learn",
+=======
+    "likelihood",
+>>>>>>> visibilities
     "load",
     "load_images",
     "load_metadata",

@@ -100,6 +100,12 @@ def test_what_a_table_says():
     ]
 
 
+def test_the_index_of_stations():
+    data = observe(FIVE, [1.0], turn=True)
+    names = np.array(data.stations)[data.station_index]
+    np.testing.assert_array_equal(names, np.stack([data.station1, data.station2], 1))
+
+
 # Flags and averages
 
 

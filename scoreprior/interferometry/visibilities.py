@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Complex, Float
+from jaxtyping import Bool, Complex, Float, Int
 
 Baseline = tuple[str, str]
 
@@ -94,6 +94,11 @@ class Visibilities:
     def with_station(self, *stations: str) -> Bool[np.ndarray, " n"]:
         """Which rows have one of these stations."""
         return np.isin(self.station1, stations) | np.isin(self.station2, stations)
+
+    @property
+    def station_index(self) -> Int[np.ndarray, "n 2"]:
+        """Places of the two stations in `stations`, for gains: `g[i[:, 0]] * conj(g[i[:, 1]])`."""
+        return np.searchsorted(self.stations, np.stack([self.station1, self.station2], 1))
 
     def replace(self, **columns: np.ndarray) -> "Visibilities":
         """The same table with other columns."""
