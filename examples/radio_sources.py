@@ -244,8 +244,8 @@ class Ring(NamedTuple):
 def measure_ring(image: Image) -> Ring:
     """The ring that is in the image: peaks of radial profiles from the centre that is rounder.
 
-    As The EHT Collaboration (2019), paper IV, section 9.1: of all centres within 20
-    micro-arcseconds of the flux centroid, 2 apart, the one from which the radii of the peaks vary
+    As The EHT Collaboration (2019), paper IV: of all centres within 20 micro-arcseconds of the flux
+    centroid, 2 apart, the one from which the radii of the peaks vary
     least relative to their mean; profiles are bilinear, out to 50, every 1, towards 36 angles.
     """
     offset = ((NUM_PIXELS - 1) / 2 - jnp.arange(NUM_PIXELS)) * PIXEL
