@@ -13,6 +13,14 @@ density is defined. A residual perceptron acts on these 256 alone, and the other
 
 The network is told the group of a source, one of ring, disk, double and blob, or nothing (zeros) in
 a share of all steps, so that the same weights give the prior and the prior of each group.
+
+What mattered, as a bound on the log density of held-out images in nats after 3,000 steps on 40,000
+images, without the group and with it, and how often the group that makes an image most probable is
+its own:
+
+    Residual loss, log-uniform levels: 532.6, 533.9, 85 %
+    Relative loss, log-uniform levels: 625.6, 628.3, 90 %
+    Relative loss, log-normal levels: 625.1, 627.8, 94 % (kept)
 """
 
 import argparse
@@ -36,13 +44,13 @@ from radio_sources import (
     to_z,
 )
 
-from scoreprior import io, nn
+from scoreprior import check, io, nn
 from scoreprior.denoise import Conditioned, Network, Subspace, leading
 from scoreprior.density import BoundDensity
 from scoreprior.flow import Flow
 from scoreprior.gaussian import Moments, Separable
 from scoreprior.prior import ScorePrior
-from scoreprior.train import DenoisingLoss, LogUniform, Residual, adamw, fit
+from scoreprior.train import DenoisingLoss, LogNormal, Relative, adamw, fit
 
 SIGMA_MIN = 0.1
 """Noise level of the density, in units of `z`: a tenth of the brightness of a faint pixel."""
@@ -81,6 +89,7 @@ def untrained(moments: Moments, *, width: int, num_blocks: int) -> Subspace:
         width=width,
         num_blocks=num_blocks,
         context_size=len(GROUPS),
+        joins_context=True,
         key=jax.random.key(1),
     )
     eigenvalues = moments.eigenvalues.ravel()[np.asarray(index)]
@@ -101,9 +110,7 @@ def train(
     result = fit(
         inner,
         coefficients(training.z),
-        DenoisingLoss(
-            LogUniform(0.8 * SIGMA_MIN, largest_level(denoiser.moments)), Residual(inner.moments)
-        ),
+        DenoisingLoss(LogNormal(2.0, 1.7), Relative(inner.moments)),
         key=jax.random.key(2),
         num_steps=arguments.steps,
         batch_size=256,
@@ -133,26 +140,28 @@ def largest_level(moments: Moments) -> float:
 
 def report(prior: ScorePrior, held_out: Simulated, num: int) -> dict[str, str]:
     """Bits per pixel at `SIGMA_MIN`, by the bound, of the prior and of its Gaussian moments."""
-    noise = SIGMA_MIN * jax.random.normal(jax.random.key(3), held_out.z[:num].shape)
-    x = held_out.z[:num] + noise
-    found = {}
-    gaussian = -jax.vmap(lambda x: prior.flow.moments.log_prob(x, SIGMA_MIN))(x)
-    found["Gaussian with the same moments"] = in_bits(gaussian)
-    bound = prior.with_density(BoundDensity(512))
-    found["no context"] = in_bits(-bound.log_prob(x))
-    group = held_out.context[:num].argmax(1)
-    nats = np.zeros(num)
-    for i, context in enumerate(np.eye(len(GROUPS), dtype=np.float32)):
-        nats[group == i] = -bound.with_context(context).log_prob(x[group == i])
-    found["given the group"] = in_bits(nats)
+    z, context = held_out.z[:num], held_out.context[:num]
+    bound, key = prior.with_density(BoundDensity(256)), jax.random.key(3)
+    tree = check.held_out_bits(bound, z, key=key, num_draws=num)
+    found = {
+        "Gaussian with the same moments": in_bits(tree["held_out"]["gaussian"].values),
+        "no context": in_bits(tree["held_out"]["bits"].values),
+        "draws": in_bits(tree["draws"]["bits"].values),
+    }
+    bits = np.zeros(num)
+    for i, one_hot in enumerate(np.eye(len(GROUPS), dtype=np.float32)):
+        of_group = context.argmax(1) == i
+        given = bound.with_context(one_hot)
+        tree = check.held_out_bits(given, z[of_group], key=key, num_draws=10)
+        bits[of_group] = tree["held_out"]["bits"].values
+    found["given the group"] = in_bits(bits)
     for name, value in found.items():
         print(f"bits per dimension, {name}: {value}")
     return found
 
 
-def in_bits(nats: Array) -> str:
-    """Mean and standard error per pixel, in bits."""
-    bits = np.asarray(nats) / 1024 / np.log(2)
+def in_bits(bits: np.ndarray) -> str:
+    """Mean and standard error."""
     return f"{bits.mean():.4f} +- {bits.std(ddof=1) / np.sqrt(len(bits)):.4f}"
 
 

@@ -1,4 +1,4 @@
-"""A denoiser of leading coefficients, against the exact denoiser of the same law of whole events."""
+"""A denoiser of leading coefficients, against the exact one of the same law of whole events."""
 
 import jax
 import jax.numpy as jnp

@@ -17,6 +17,7 @@ from scoreprior.train import (
     Likelihood,
     LogNormal,
     LogUniform,
+    Relative,
     Residual,
     TargetScore,
     adamw,
@@ -54,11 +55,11 @@ def test_levels_have_their_laws():
     np.testing.assert_allclose(jnp.log(sigma / 0.6) / 1.2, jax.scipy.stats.norm.ppf(u), rtol=1e-9)
 
 
-def test_residual_loss_of_the_gaussian_denoiser_is_one_at_every_level():
+def test_the_loss_of_the_gaussian_denoiser_is_one_at_every_level():
     data = draws(GAUSSIAN, 40_000)
     for sigma in (0.1, 1.0, 10.0):
-        loss = DenoisingLoss(at_level(sigma), Residual(GAUSSIAN.law))
-        gated(loss, GAUSSIAN, data, 1.0)
+        for metric in (Residual(GAUSSIAN.law), Relative(GAUSSIAN.law)):
+            gated(DenoisingLoss(at_level(sigma), metric), GAUSSIAN, data, 1.0)
 
 
 def test_likelihood_loss_is_the_closed_form():

@@ -147,11 +147,11 @@ def _title(name: str, p_value: float) -> str:
     return f"{name}, p = {p_value:.2g}"
 
 
-def _group(tree: DataTree, group: str, variable: str) -> Dataset:
+def _group(tree: DataTree, group: str, variable: str, check: str | None = None) -> Dataset:
     if group not in tree.children or variable not in tree[group].data_vars:
         raise ValueError(
-            f"tree must have {variable} in its group {group}, as check.{group} gives, got groups "
-            f"{sorted(tree.children)}"
+            f"tree must have {variable} in its group {group}, as check.{check or group} gives, got "
+            f"groups {sorted(tree.children)}"
         )
     return tree[group].to_dataset()
 

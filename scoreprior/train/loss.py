@@ -110,6 +110,22 @@ class Residual(AbstractMetric):
         return jnp.mean(weight * self.moments.basis.analyse(error) ** 2)
 
 
+class Relative(AbstractMetric):
+    """`|error|^2` in units of what the denoiser of a Gaussian with these moments leaves.
+
+    `|error|^2 / sum_i lam_i sigma^2 / (lam_i + sigma^2)`: one at every level for Gaussian data and
+    their denoiser. Every level counts the same, as under `Residual`, but within one each direction
+    counts by how far the noise leaves it to be seen, as under `Likelihood`. For spectra that fall
+    steeply, where under `Residual` most directions are below the noise at most levels.
+    """
+
+    moments: Moments
+
+    def __call__(self, error: Event, sigma: Scalar) -> Scalar:
+        lam = self.moments.eigenvalues
+        return jnp.sum(error**2) / jnp.sum(lam * sigma**2 / (lam + sigma**2))
+
+
 class Likelihood(AbstractMetric):
     """`|error|^2 / sigma^2`: integrated over `log sigma`, the bound on the log density.
 
