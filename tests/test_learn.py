@@ -12,9 +12,10 @@ import pytest
 from scoreprior.denoise import Gaussian, GaussianMixture
 from scoreprior.denoise.network import Network
 from scoreprior.gaussian import Dense, Diagonal, Moments
-from scoreprior.guide import MMPS
+from scoreprior.guide import MMPS, Classifier
 from scoreprior.learn import (
     EM,
+    CorrectedDraws,
     GuidedDraws,
     MatchMoments,
     Measurements,
@@ -23,7 +24,7 @@ from scoreprior.learn import (
 )
 from scoreprior.sample import LogGrid
 from scoreprior.train import DenoisingLoss, LogUniform, Residual, adamw
-from stats import assert_cov, assert_mean
+from stats import assert_cov, assert_masses, assert_mean
 from training import draws, mlp_denoiser
 
 KEY = jax.random.key(0)
@@ -65,6 +66,34 @@ def test_guided_draws_are_exact_for_a_gaussian():
     exact = LAW.posterior(A, observation.data, VARIANCE * jnp.eye(3)).law
     assert_mean(x, exact.mean)
     assert_cov(x, exact.covariance())
+
+
+MODES = GaussianMixture.diagonal(jnp.array([0.3, 0.7]), jnp.array([[-1.5, -1.5], [1.5, 1.0]]), 0.05)
+
+
+@pytest.mark.slow
+def test_corrected_draws_keep_the_masses_of_modes():
+    """One entry of two seen, in noise as wide as the gap; guided draws do not keep them."""
+    measurements = Measurements(
+        jnp.array([[0.1, 0.0], [0.0, 0.0]]), 1.5, present=jnp.array([[True, False]] * 2)
+    )
+    observation = measurements.observation(0)
+    A = jnp.diag(observation.present.astype(float))
+    exact = MODES.posterior(A, observation.data, 1.5 * jnp.eye(2))
+    keys = jax.random.split(KEY, 3_000)
+
+    def drawn(draw):
+        return jax.jit(jax.vmap(lambda key: draw(MODES, observation, key)))(keys)
+
+    moments = MODES.moments()
+    x = drawn(CorrectedDraws(moments, 0.02, 40.0, 40, 24))
+    masses = jax.vmap(exact.log_responsibilities)(x).argmax(1)
+    guided = drawn(GuidedDraws(moments, LogGrid(0.02, 40.0)(40), MMPS(2)))
+    off = jax.vmap(exact.log_responsibilities)(guided).argmax(1)
+    assert_masses(masses, exact.weights, bias=0.07)
+    with pytest.raises(AssertionError, match="outside 5"):
+        assert_masses(off, exact.weights, bias=0.07)
+    assert_mean(x, exact.moments().mean, bias=0.15)
 
 
 def test_chi_squared_is_one_where_prior_and_draws_are_right():
@@ -242,5 +271,9 @@ def test_bad_input_is_refused(whole):
         EM(exact_draw, MatchMoments(Dense(0.0)), 1).run(
             Gaussian(Moments(jnp.zeros(3), jnp.ones(3))), measurements, key=KEY, progress=False
         )
+    with pytest.raises(TypeError, match="guidance must have a Gaussian law of the data"):
+        CorrectedDraws(LAW.law, 0.1, 10.0, 4, 4, Classifier(lambda x: x.sum()))
+    with pytest.raises(ValueError, match="sigma_min must be below sigma_max"):
+        CorrectedDraws(LAW.law, 10.0, 0.1, 4, 4)
     with pytest.raises(ValueError, match=r"sigmas must hold at least two levels, got \(1,\)"):
         GuidedDraws(LAW.law, jnp.ones(1))
