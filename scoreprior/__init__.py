@@ -10,7 +10,8 @@ Six nouns, one verb each:
 - a **problem** is what a NumPyro model with such a prior asks (`Problem`);
 - an **engine** runs and answers it (`NUTS`, `TemperedSMC`, `FeynmanKac`, through `infer`).
 
-`sbi` makes denoisers from simulators, and `check` tells whether a posterior is right.
+`sbi` makes denoisers from simulators, `learn` from measurements only, and `check` tells whether a
+posterior is right.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -21,8 +21,8 @@ LADDER = (
     {"density", "feynman_kac", "flow", "ito", "sample", "train"},
     {"composition", "io", "likelihood", "prior"},
     {"_psis", "_run", "_slice", "guide", "problem"},
-    {"learn", "mcmc", "smc", "vi"},
-    {"check", "compare", "infer", "plot"},
+    {"mcmc", "smc", "vi"},
+    {"check", "compare", "infer", "learn", "plot"},
     {"sbi"},
     {"cli"},
 )

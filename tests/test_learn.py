@@ -12,9 +12,10 @@ import pytest
 from scoreprior.denoise import Gaussian, GaussianMixture
 from scoreprior.denoise.network import Network
 from scoreprior.gaussian import Dense, Diagonal, Moments
-from scoreprior.guide import MMPS
+from scoreprior.guide import MMPS, Classifier
 from scoreprior.learn import (
     EM,
+    CorrectedDraws,
     GuidedDraws,
     MatchMoments,
     Measurements,
@@ -23,8 +24,8 @@ from scoreprior.learn import (
 )
 from scoreprior.sample import LogGrid
 from scoreprior.train import DenoisingLoss, LogUniform, Residual, adamw
-from stats import assert_cov, assert_mean
-from training import draws
+from stats import assert_cov, assert_masses, assert_mean
+from training import draws, mlp_denoiser
 
 KEY = jax.random.key(0)
 ROOT = jnp.array([[1.5, 0.0, 0.0], [0.6, 1.0, 0.0], [-0.4, 0.5, 0.8]])
@@ -65,6 +66,34 @@ def test_guided_draws_are_exact_for_a_gaussian():
     exact = LAW.posterior(A, observation.data, VARIANCE * jnp.eye(3)).law
     assert_mean(x, exact.mean)
     assert_cov(x, exact.covariance())
+
+
+MODES = GaussianMixture.diagonal(jnp.array([0.3, 0.7]), jnp.array([[-1.5, -1.5], [1.5, 1.0]]), 0.05)
+
+
+@pytest.mark.slow
+def test_corrected_draws_keep_the_masses_of_modes():
+    """One entry of two seen, in noise as wide as the gap; guided draws do not keep them."""
+    measurements = Measurements(
+        jnp.array([[0.1, 0.0], [0.0, 0.0]]), 1.5, present=jnp.array([[True, False]] * 2)
+    )
+    observation = measurements.observation(0)
+    A = jnp.diag(observation.present.astype(float))
+    exact = MODES.posterior(A, observation.data, 1.5 * jnp.eye(2))
+    keys = jax.random.split(KEY, 3_000)
+
+    def drawn(draw):
+        return jax.jit(jax.vmap(lambda key: draw(MODES, observation, key)))(keys)
+
+    moments = MODES.moments()
+    x = drawn(CorrectedDraws(moments, 0.02, 40.0, 40, 24))
+    masses = jax.vmap(exact.log_responsibilities)(x).argmax(1)
+    guided = drawn(GuidedDraws(moments, LogGrid(0.02, 40.0)(40), MMPS(2)))
+    off = jax.vmap(exact.log_responsibilities)(guided).argmax(1)
+    assert_masses(masses, exact.weights, bias=0.07)
+    with pytest.raises(AssertionError, match="outside 5"):
+        assert_masses(off, exact.weights, bias=0.07)
+    assert_mean(x, exact.moments().mean, bias=0.15)
 
 
 def test_chi_squared_is_one_where_prior_and_draws_are_right():
@@ -113,15 +142,6 @@ def test_rounds_with_exact_draws_end_at_the_likeliest_gaussian():
 TRUTH = GaussianMixture.diagonal(jnp.array([0.5, 0.5]), jnp.array([[-1.5, -1.5], [1.5, 1.5]]), 0.05)
 
 
-class Small(eqx.Module):
-    """A network with one hidden layer."""
-
-    layers: eqx.nn.MLP = eqx.nn.MLP(3, 2, 32, 1, jnp.tanh, key=KEY)
-
-    def __call__(self, x, log_sigma, context):
-        return self.layers(jnp.append(x, log_sigma))
-
-
 def denoising_error(denoiser, x, sigma):
     noisy = x + sigma * jax.random.normal(jax.random.key(7), x.shape)
     return float(jnp.mean((jax.vmap(lambda y: denoiser(y, sigma))(noisy) - x) ** 2))
@@ -136,19 +156,18 @@ def test_rounds_with_training_find_what_is_not_gaussian():
     loss = DenoisingLoss(LogUniform(0.05, 20.0), Residual(moments))
     em = EM(
         GuidedDraws(moments, LogGrid(0.05, 20.0)(30), MMPS(2)),
-        Train(loss, 400, batch_size=128, averaging=0.99, optimiser=adamw(400, peak=1e-2)),
+        Train(loss, 400, batch_size=128, averaging=0.99, optimiser=adamw(400, peak=3e-3)),
         3,
         batch_size=1_000,
     )
     learned = em.run(
-        Network(Small(), moments), measurements, key=KEY, held_out=held_out, progress=False
+        mlp_denoiser(moments, width=32), measurements, key=KEY, held_out=held_out, progress=False
     )
     x, naive = draws(TRUTH, 4_000, jax.random.key(5)), Gaussian(moments)
     for sigma in (0.5, 1.0):
         error, floor = (denoising_error(d, x, sigma) for d in (learned.denoiser, TRUTH))
         start = denoising_error(naive, x, sigma)
         assert error - floor < 0.7 * (start - floor)
-    assert np.all(np.abs(learned.history.chi_squared - 1) < 0.1)
 
 
 def training(num_rounds, draw=None):
@@ -252,5 +271,9 @@ def test_bad_input_is_refused(whole):
         EM(exact_draw, MatchMoments(Dense(0.0)), 1).run(
             Gaussian(Moments(jnp.zeros(3), jnp.ones(3))), measurements, key=KEY, progress=False
         )
+    with pytest.raises(TypeError, match="guidance must have a Gaussian law of the data"):
+        CorrectedDraws(LAW.law, 0.1, 10.0, 4, 4, Classifier(lambda x: x.sum()))
+    with pytest.raises(ValueError, match="sigma_min must be below sigma_max"):
+        CorrectedDraws(LAW.law, 10.0, 0.1, 4, 4)
     with pytest.raises(ValueError, match=r"sigmas must hold at least two levels, got \(1,\)"):
         GuidedDraws(LAW.law, jnp.ones(1))

@@ -54,6 +54,21 @@ def test_noisy_events_give_the_moments_of_the_data_less_the_noise(structure):
     np.testing.assert_allclose(fit.moments.covariance(), expected, atol=1e-7)
 
 
+def test_a_step_takes_the_moments_of_all_posteriors():
+    seen, (weight, variance, data, present) = mixed()
+    mean, covariance = np.arange(6) / 5, ROOT @ ROOT.T
+    start = Moments.dense(jnp.asarray(mean).reshape(SHAPE), jnp.asarray(covariance))
+    step = fit_gaussian(seen, Dense(0.0), num_steps=1, start=start, batch_size=7).moments
+    means, spreads = [], []
+    for A, v, y, there in zip(weight, variance, data, present, strict=True):
+        A, y, precision = A[there], y[there], np.diag(1 / v[there])
+        spreads.append(np.linalg.inv(np.linalg.inv(covariance) + A.T @ precision @ A))
+        means.append(mean + spreads[-1] @ A.T @ precision @ (y - A @ mean))
+    np.testing.assert_allclose(step.mean.ravel(), np.mean(means, 0), rtol=1e-8)
+    expected = np.mean(spreads, 0) + np.cov(np.transpose(means), bias=True)
+    np.testing.assert_allclose(step.covariance(), expected, rtol=1e-8, atol=1e-10)
+
+
 def direct_log_evidence(parts, mean, covariance):
     """`sum_i log p(y_i)` with the absent entries left out."""
     return sum(

@@ -33,9 +33,7 @@ class GuidedDraws(eqx.Module):
     level is many times the spread of the events; it ends with the posterior mean at the last, which
     is far below what there is to resolve. For a Gaussian prior `MMPS` iterated to the end, as any
     guidance that is exact there, gives exact draws in the limit of many levels. For other priors
-    guidance is biased, and so is what is learned. An exact draw takes weights: a callable
-    `(denoiser, observation, key) -> event` that runs a `scoreprior.feynman_kac.FeynmanKacModel`
-    with a cloud of its own for every measurement, at as many times the cost as it has particles.
+    guidance is biased, and so is what is learned; `CorrectedDraws` are not.
 
     **Arguments:** `moments` of the events, such as those of `fit_gaussian`; `sigmas`, decreasing,
     from a grid: `LogGrid(0.01, 100.0)(64)`; `guidance`; `sampler`.
