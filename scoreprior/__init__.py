@@ -23,11 +23,8 @@ from scoreprior import (
     guide,
     interferometry,
     ito,
-<<<<<<< HEAD
     learn,
-=======
     likelihood,
->>>>>>> visibilities
     nn,
     operators,
     sample,
@@ -149,11 +146,8 @@ __all__ = [
     "infer",
     "interferometry",
     "ito",
-<<<<<<< HEAD
     "learn",
-=======
     "likelihood",
->>>>>>> visibilities
     "load",
     "load_images",
     "load_metadata",
