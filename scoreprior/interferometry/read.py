@@ -27,7 +27,10 @@ def read_eht_csv(path: str | os.PathLike[str]) -> Visibilities:
     start with `#` are comments; one of them, before the data, names the columns, which must be
     `COLUMNS`. A data line is time in hours, two stations, `u` and `v` in wavelengths, amplitude in
     Jy, phase in degrees and `sigma` in Jy, the noise of the real part and of the imaginary part.
-    A phase is that of station 1 less station 2, in the convention of `Visibilities`.
+
+    The file has visibilities of `exp(+2 pi i (u l + v m))`, with `u, v` from station 2 to station 1,
+    as the EHT's own software has it since 2017 (`ftmatrix` of eht-imaging). Those of `Visibilities`
+    are their complex conjugates: read otherwise, images come out turned by 180 degrees.
 
     Raises `ValueError` for a file of another format, and for values that are NaN, infinite or mark
     flagged data (`sigma` zero or negative), with the number of the line, what was expected and what
@@ -51,7 +54,7 @@ def read_eht_csv(path: str | os.PathLike[str]) -> Visibilities:
         raise ValueError(f"{path}: expected lines of {len(COLUMNS)} values, found none")
     columns = [np.array(column) for column in zip(*rows, strict=True)]
     time, one, two, u, v, amplitude, degrees, sigma = columns
-    vis = amplitude * np.exp(1j * np.deg2rad(degrees))
+    vis = amplitude * np.exp(-1j * np.deg2rad(degrees))
     return Visibilities(time, one, two, u, v, vis, sigma)
 
 
