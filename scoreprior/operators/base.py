@@ -35,7 +35,11 @@ class AbstractOperator(eqx.Module):
     """
 
     shape_in: eqx.AbstractVar[tuple[int, ...]]
-    shape_out: eqx.AbstractVar[tuple[int, ...]]
+
+    @property
+    @abstractmethod
+    def shape_out(self) -> tuple[int, ...]:
+        """Shape of the data."""
 
     @abstractmethod
     def apply(self, x: Image) -> Data:
@@ -99,13 +103,11 @@ class Product(AbstractOperator):
 
     outer: AbstractOperator
     inner: AbstractOperator
+    shape_in: tuple[int, ...] = eqx.field(static=True)
 
-    def __check_init__(self):
-        _check_fit(self.outer, self.inner)
-
-    @property
-    def shape_in(self) -> tuple[int, ...]:
-        return self.inner.shape_in
+    def __init__(self, outer: AbstractOperator, inner: AbstractOperator):
+        _check_fit(outer, inner)
+        self.outer, self.inner, self.shape_in = outer, inner, inner.shape_in
 
     @property
     def shape_out(self) -> tuple[int, ...]:
@@ -120,13 +122,11 @@ class LinearProduct(AbstractLinearOperator):
 
     outer: AbstractLinearOperator
     inner: AbstractLinearOperator
+    shape_in: tuple[int, ...] = eqx.field(static=True)
 
-    def __check_init__(self):
-        _check_fit(self.outer, self.inner)
-
-    @property
-    def shape_in(self) -> tuple[int, ...]:
-        return self.inner.shape_in
+    def __init__(self, outer: AbstractLinearOperator, inner: AbstractLinearOperator):
+        _check_fit(outer, inner)
+        self.outer, self.inner, self.shape_in = outer, inner, inner.shape_in
 
     @property
     def shape_out(self) -> tuple[int, ...]:

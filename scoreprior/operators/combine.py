@@ -1,5 +1,6 @@
 """Operators made of others: several side by side, and complex numbers as pairs of real ones."""
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact
@@ -20,20 +21,16 @@ class Stack(AbstractLinearOperator):
     """
 
     operators: tuple[AbstractLinearOperator, ...]
+    shape_in: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(self, *operators: AbstractLinearOperator):
-        self.operators = operators
-
-    def __check_init__(self):
-        shapes = {operator.shape_in for operator in self.operators}
+        shapes = {operator.shape_in for operator in operators}
         if len(shapes) != 1:
             raise ValueError(f"operators of a Stack must take one shape, got {sorted(shapes)}")
-        if len({operator.complex_in for operator in self.operators}) != 1:
+        if len({operator.complex_in for operator in operators}) != 1:
             raise ValueError("operators of a Stack must all take complex images, or none of them")
-
-    @property
-    def shape_in(self) -> tuple[int, ...]:
-        return self.operators[0].shape_in
+        self.operators = operators
+        self.shape_in = operators[0].shape_in
 
     @property
     def shape_out(self) -> tuple[int, ...]:
@@ -66,10 +63,10 @@ class RealImag(AbstractLinearOperator):
     """
 
     operator: AbstractLinearOperator
+    shape_in: tuple[int, ...] = eqx.field(static=True)
 
-    @property
-    def shape_in(self) -> tuple[int, ...]:
-        return self.operator.shape_in
+    def __init__(self, operator: AbstractLinearOperator):
+        self.operator, self.shape_in = operator, operator.shape_in
 
     @property
     def shape_out(self) -> tuple[int, ...]:
@@ -97,10 +94,10 @@ class ComplexImage(AbstractLinearOperator):
     """
 
     operator: AbstractLinearOperator
+    shape_in: tuple[int, ...] = eqx.field(static=True)
 
-    @property
-    def shape_in(self) -> tuple[int, ...]:
-        return (2, *self.operator.shape_in)
+    def __init__(self, operator: AbstractLinearOperator):
+        self.operator, self.shape_in = operator, (2, *operator.shape_in)
 
     @property
     def shape_out(self) -> tuple[int, ...]:

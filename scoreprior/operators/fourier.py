@@ -12,7 +12,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, ArrayLike, Float, Inexact
 
 from scoreprior._util import check_finite
 from scoreprior.operators.base import AbstractLinearOperator, AbstractOperator, Data, Image
@@ -33,18 +33,15 @@ class FourierSampling(AbstractLinearOperator):
     """
 
     selected: Mask
+    shape_in: tuple[int, ...] = eqx.field(static=True)
     complex_image: bool = eqx.field(static=True)
 
     def __init__(self, mask: Any, *, complex_image: bool = False):
         mask = concrete_mask(mask)
         if mask.ndim != 2:
             raise ValueError(f"mask must have shape [row, col], got {mask.shape}")
-        self.selected = Mask(mask)
+        self.selected, self.shape_in = Mask(mask), mask.shape
         self.complex_image = complex_image
-
-    @property
-    def shape_in(self) -> tuple[int, ...]:
-        return self.selected.shape_in
 
     @property
     def shape_out(self) -> tuple[int, ...]:
@@ -111,8 +108,13 @@ class MultiCoilMRI(AbstractLinearOperator):
     Raises `ValueError` for sensitivities of another shape than the image, or not finite.
     """
 
-    sensitivities: Inexact[Array, "coil row col"] = eqx.field(converter=jnp.asarray)
+    sensitivities: Inexact[Array, "coil row col"]
     sampling: AbstractLinearOperator
+    shape_in: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(self, sensitivities: ArrayLike, sampling: AbstractLinearOperator):
+        self.sensitivities = jnp.asarray(sensitivities)
+        self.sampling, self.shape_in = sampling, sampling.shape_in
 
     def __check_init__(self):
         shape = jnp.shape(self.sensitivities)
@@ -122,10 +124,6 @@ class MultiCoilMRI(AbstractLinearOperator):
                 f"got {shape}"
             )
         check_finite("sensitivities", self.sensitivities)
-
-    @property
-    def shape_in(self) -> tuple[int, ...]:
-        return self.sampling.shape_in
 
     @property
     def shape_out(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.interpreters import batching
 from jaxtyping import Array, Complex, Float
 
 from scoreprior._util import check_positive
@@ -115,7 +116,7 @@ def _set_batching_rule(primitive: Any) -> None:
         out = primitive.bind(*flat, **params)
         return out.reshape(size, -1, *out.shape[1:]), 0
 
-    jax.interpreters.batching.primitive_batchers[primitive] = batch
+    batching.primitive_batchers[primitive] = batch
 
 
 __all__ = ["AbstractTransform", "Direct", "NonUniformFFT"]
