@@ -306,7 +306,7 @@ def gaussian_prior(size):
 
 
 def double(data, x):
-    """Visibilities of two points: the second 20 + 1.5 x[0] east, 1.5 x[1] north, in micro-arcsec."""
+    """Visibilities of two points: the second `20 + 1.5 x[0]` east, `1.5 x[1]` north, in uas."""
     phase = -2 * jnp.pi * UAS * (data.u * (20 + 1.5 * x[0]) + data.v * 1.5 * x[1])
     return 0.5 + 0.3 * jnp.exp(1j * phase)
 

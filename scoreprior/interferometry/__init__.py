@@ -1,4 +1,4 @@
-"""Interferometric data, in NumPy: from a file of visibilities to closure quantities.
+"""Interferometric data, in NumPy: from a file of visibilities to closure quantities; rings.
 
     data = read_eht_csv(path)
     data = add_systematic(average_scans(data, gap=60.0), 0.02)
@@ -24,11 +24,13 @@ from scoreprior.interferometry.reduce import (
     rescale_zero_baselines,
     total_flux,
 )
+from scoreprior.interferometry.ring import Ring, measure_ring
 from scoreprior.interferometry.visibilities import Visibilities
 
 __all__ = [
     "Closures",
     "Flux",
+    "Ring",
     "Visibilities",
     "add_systematic",
     "average_scans",
@@ -36,6 +38,7 @@ __all__ = [
     "closure_phases",
     "flag",
     "log_closure_amplitudes",
+    "measure_ring",
     "read_eht_csv",
     "rescale_zero_baselines",
     "total_flux",
