@@ -86,7 +86,7 @@ class Settings(NamedTuple):
     vi_steps: int
 
 
-FULL, QUICK = Settings(100, 200, 3000), Settings(30, 20, 500)
+FULL, QUICK = Settings(64, 200, 3000), Settings(32, 20, 500)
 
 
 def reduce(raw: Visibilities) -> Data:
@@ -161,7 +161,7 @@ def load_prior() -> tuple[sp.ScorePrior, dict[str, Any]]:
 
 def smc(settings: Settings) -> sp.TemperedSMC:
     """Long moves, for a cloud this small."""
-    moves = {"max_moves": 8, "max_autocorrelation": 0.4, "kernel": HMCMoves(8)}
+    moves = {"max_moves": 5, "max_autocorrelation": 0.4, "kernel": HMCMoves(8)}
     return sp.TemperedSMC(settings.particles, 2, target_ess=0.6, **moves)
 
 
