@@ -39,10 +39,10 @@ def test_a_file_is_read(tmp_path, newline):
     assert len(data) == 2
     assert data.stations == ["AA", "LM", "PV"]
     np.testing.assert_array_equal(data.time, [0.5, 0.75])
-    # Conjugated: the file's sign of the exponent is plus.
-    np.testing.assert_allclose(data.vis, [-0.2j, 0.1 * np.exp(1j * np.pi / 6)], atol=1e-16)
-    np.testing.assert_array_equal(data.u, [-4e9, 3e9])
-    np.testing.assert_array_equal(data.v, [-4.5e9, 1e9])
+    np.testing.assert_allclose(data.vis, [0.2j, 0.1 * np.exp(-1j * np.pi / 6)], atol=1e-16)
+    # The file's transform has the other sign.
+    np.testing.assert_array_equal(data.u, [4e9, -3e9])
+    np.testing.assert_array_equal(data.v, [4.5e9, -1e9])
     np.testing.assert_array_equal(data.sigma, [0.004, 0.01])
 
 

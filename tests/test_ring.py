@@ -75,8 +75,8 @@ def test_a_ring_with_a_bright_side(asymmetry, orientation):
     assert_allclose(ring.center, center, atol=1.2)
     assert_allclose(ring.diameter, diameter, atol=0.6)
     assert_allclose(ring.width, width, atol=1.0)
-    assert_allclose(ring.asymmetry, exact_asymmetry, atol=0.03)
-    assert_allclose(ring.central_brightness, depth, atol=0.05)
+    assert_allclose(ring.asymmetry, exact_asymmetry, atol=0.003)
+    assert_allclose(ring.central_brightness, depth, atol=0.02)
     turn = np.angle(np.exp(1j * (ring.orientation - orientation)))
     assert abs(turn) < 0.1
     # About the centroid of brightness the ring is not regular: the search is needed.

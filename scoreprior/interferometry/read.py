@@ -28,9 +28,10 @@ def read_eht_csv(path: str | os.PathLike[str]) -> Visibilities:
     `COLUMNS`. A data line is time in hours, two stations, `u` and `v` in wavelengths, amplitude in
     Jy, phase in degrees and `sigma` in Jy, the noise of the real part and of the imaginary part.
 
-    The file has visibilities of `exp(+2 pi i (u l + v m))`, with `u, v` from station 2 to station 1,
-    as the EHT's own software has it since 2017 (`ftmatrix` of eht-imaging). Those of `Visibilities`
-    are their complex conjugates: read otherwise, images come out turned by 180 degrees.
+    The releases have `V = sum_k I_k exp(+2 pi i (u l_k + v m_k))`, as eht-imaging does
+    (`ftmatrix`). `u` and `v` are read with their signs turned, so that `Visibilities` has them by
+    its own definition: with those of the file images come out turned by 180 degrees, and the bright
+    side of M87's ring, which is in the south, lies in the north.
 
     Raises `ValueError` for a file of another format, and for values that are NaN, infinite or mark
     flagged data (`sigma` zero or negative), with the number of the line, what was expected and what
@@ -54,8 +55,8 @@ def read_eht_csv(path: str | os.PathLike[str]) -> Visibilities:
         raise ValueError(f"{path}: expected lines of {len(COLUMNS)} values, found none")
     columns = [np.array(column) for column in zip(*rows, strict=True)]
     time, one, two, u, v, amplitude, degrees, sigma = columns
-    vis = amplitude * np.exp(-1j * np.deg2rad(degrees))
-    return Visibilities(time, one, two, u, v, vis, sigma)
+    vis = amplitude * np.exp(1j * np.deg2rad(degrees))
+    return Visibilities(time, one, two, -u, -v, vis, sigma)
 
 
 def _is_header(text: str, number: int, path: str | os.PathLike[str]) -> bool:

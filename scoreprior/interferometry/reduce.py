@@ -105,7 +105,7 @@ def _average(data: Visibilities, bins: Int[np.ndarray, " n"]) -> Visibilities:
         pairs[keys[:, 1], 1],
         mean(sign * data.u),
         mean(sign * data.v),
-        mean(vis.real) + 1j * mean(vis.imag),
+        mean(np.real(vis)) + 1j * mean(np.imag(vis)),
         total**-0.5,
     )
 
