@@ -191,7 +191,7 @@ def simulate(data: Visibilities, key: jax.Array) -> tuple[np.ndarray, Data]:
     return np.asarray(truth), close(interferometry.flag(measured, min_snr=MIN_SNR))
 
 
-def images_of(tree: Any, most: int = 400) -> np.ndarray:
+def images_of(tree: Any, most: int = 200) -> np.ndarray:
     """Draws of the image of unit flux, [draw, row, col], evenly spaced."""
     z = np.asarray(tree["posterior"]["z"]).reshape(-1, NUM_PIXELS, NUM_PIXELS)
     rows = np.linspace(0, len(z) - 1, min(most, len(z))).astype(int)
@@ -252,7 +252,7 @@ def rehearse(prior: sp.ScorePrior, data: Data, settings: Settings, key: jax.Arra
     print_chi_squared(images, simulated)
     share = f"{covered[lit].mean():.0%} of {lit.sum()} that are lit"
     print(f"  pixels within their 90 % interval     {share}")
-    true, found = measure(truth[None]), measure(images)
+    true, found = measure(truth[None]), measure(images_of(tree, 100))
     for name in ("diameter", "width", "asymmetry"):
         low, high = interval(getattr(found, name))
         is_in = "covers" if low <= getattr(true, name)[0] <= high else "misses"
@@ -262,7 +262,7 @@ def rehearse(prior: sp.ScorePrior, data: Data, settings: Settings, key: jax.Arra
 def report(name: str, tree: Any, data: Data) -> Ring:
     """Print chi-squared and what is measured on every draw."""
     images = images_of(tree)
-    found = measure(images)
+    found = measure(images_of(tree, 100))
     print(name)
     print_chi_squared(images, data)
     print(f"  draws with a ring                     {np.isfinite(found.diameter).mean():.0%}")
