@@ -106,7 +106,8 @@ def _programs(run: Run, start: State) -> dict[str, str]:
 
 def _gradient(run: Run, params: PyTree, event: Data, u: Scalar, key: Key) -> tuple[Scalar, PyTree]:
     def loss(params: PyTree) -> Scalar:
-        return run.loss(run.build(params), event.x, u, event.context, key=key)
+        x = run.dequantise(key, run.augment(key, event.x))
+        return run.loss(run.build(params), x, u, event.context, key=key)
 
     return jax.value_and_grad(loss)(params)
 
