@@ -200,8 +200,9 @@ def test_memorisation_sees_copies():
 
 
 def test_distances_to_the_nearest_are_those_of_all_pairs():
-    training, held_out, fresh = (1e4 + draw(LAW, 30, key) for key in KEYS[:3])
-    fresh[0] = training[7]
+    training, held_out, fresh = (1e6 * draw(LAW, 30, key) for key in KEYS[:3])
+    # A copy, and one so near that differences of squares would lose it.
+    fresh[0], fresh[1] = training[7], training[3] + 1e-3
     tree = check.memorisation(fresh, training, held_out)
     each = np.linalg.norm((fresh[:, None] - training[None]).reshape(30, 30, -1), axis=-1)
     np.testing.assert_allclose(tree["draws"]["distance"], each.min(1), rtol=1e-12)
@@ -220,7 +221,7 @@ def test_out_of_distribution_keeps_its_level():
     z = LAW.basis.analyse(jnp.asarray(events[0]) - LAW.mean)
     norms = [jnp.linalg.norm(z / (LAW.eigenvalues + level**2)) for level in levels]
     np.testing.assert_allclose(tree["score_norms"]["observed"][0], np.log(norms), rtol=1e-9)
-    assert levels[0] == SIGMA
+    np.testing.assert_allclose(levels[[0, -1]], [SIGMA, LAW.eigenvalues.max() ** 0.5])
 
 
 def test_out_of_distribution_sees_strange_events():
@@ -242,6 +243,15 @@ def test_out_of_distribution_sees_strange_events():
     assert density[3] > 0.5
     assert norms[3] < 0.01
     assert tree.attrs["p_value"] < 0.05
+
+
+def test_data_of_another_law_are_strange_among_draws_and_not_among_their_like():
+    data = noisy(2 + 1.3 * (draw(LAW, 301, KEYS[0]) - 2))
+    among = check.out_of_distribution(PRIOR, data[:1], key=KEYS[3], num_draws=300)
+    assert among.attrs["p_value"] < 0.05
+    like = check.out_of_distribution(PRIOR, data[:1], key=KEYS[3], reference=data[1:])
+    assert like.attrs["p_value"] > 0.1
+    assert like.attrs["num"] == 300
 
 
 def test_a_prior_without_density_has_score_norms_alone():
@@ -279,6 +289,10 @@ ONES = check.CosineSimilarity()
             "num_draws must be at least 40, got 39",
         ),
         (
+            lambda: check.out_of_distribution(PRIOR, EVENTS, key=KEYS[0], reference=EVENTS),
+            "reference must hold at least 40 events, got 12",
+        ),
+        (
             lambda: check.out_of_distribution(PRIOR, EVENTS, key=KEYS[0], levels=jnp.zeros(2)),
             "levels must be a positive finite number",
         ),
@@ -305,8 +319,10 @@ def test_pictures_show_the_tree():
     order = np.argsort(tree["draws"]["distance"].values)[:3]
     nearest = tree["draws"]["nearest"].values[order]
     np.testing.assert_array_equal(shown, np.concatenate([x[order], y[nearest]]))
-    bars = check.plot_memorisation(tree).axes[0].containers
-    assert [bar.get_label() for bar in bars] == ["held out", "draws"]
+    axes = check.plot_memorisation(tree).axes[0]
+    assert axes.get_legend_handles_labels()[1] == ["held out", "draws"]
+    areas = [sum(bar.get_width() * bar.get_height() for bar in bars) for bars in axes.containers]
+    np.testing.assert_allclose(areas, 1)
 
     tree = check.spectrum(x, y)
     lines = check.plot_spectrum(tree).axes[0].lines

@@ -40,6 +40,11 @@ def stationary():
     return Gaussian(sp.Moments.fit(data, sp.Fourier()))
 
 
+def separable():
+    data = jax.random.normal(jax.random.key(0), (64, 2, 4))
+    return sp.Moments.fit(data, sp.Separable())
+
+
 def unet():
     net = UNet((4, 4), widths=(4, 8), embedding_size=8, key=jax.random.key(0))
     return sp.denoise.Network(net, stationary().moments())
@@ -94,6 +99,9 @@ ROUND_TRIPS = {
     ),
     "smoothed": flow(
         Smoothed(mixture(), 0.5, jnp.array([[1.0, -2.0], [-1.0, 2.0]])), mixture().moments()
+    ),
+    "subspace": flow(
+        sp.denoise.Subspace(mixture(), separable(), (1, 6)), separable(), solver=sp.FixedGrid(4)
     ),
     "conditioned": flow(
         Conditioned(

@@ -142,11 +142,12 @@ def out_of_distribution(
     *,
     key: Key,
     num_draws: int = 200,
+    reference: ArrayLike | None = None,
     levels: Float[Array, " level"] | None = None,
 ) -> DataTree:
     """Alarm: are these events, reconstructions of an observation say, strange to the prior?
 
-    Each event, a posterior draw, is compared with draws of the prior by
+    Each event, a posterior draw, is compared with draws of the prior, or with held-out data, by
 
     - its log density, two-sided: low for what the prior does not make, high for what is too smooth
       or too ordinary, a posterior mean for example;
@@ -156,12 +157,14 @@ def out_of_distribution(
       a density can be high where structure is wrong at one scale, and norms see that.
 
     Under a right prior and model, a posterior draw given data of that model is a draw of the prior,
-    and its p-values are uniform.
+    and its p-values are uniform. A learned prior is not quite the law of its data (`held_out_bits`
+    says by how much): genuine data are then strange among its draws, and not among held-out data.
 
     **Arguments:** `prior`, whose density policy is used, and no density for `ScoreOnly()`; `events`
     [n, *event] in data units, with the noise of `sigma_min` that draws have too; `key` for
     `num_draws` draws of the prior, at least forty: half of them are the cloud that the distance is
-    from, the rest are held out; `levels`, in data units, by default eight between `sigma_min` and
+    from, the rest are held out; `reference` [num, *event], held-out data with that noise to take in
+    place of draws; `levels`, in data units, by default eight between `sigma_min` and
     the largest standard deviation of the moments.
 
     **Returns** a tree with the groups `score_norms` (`observed` [event, level], `simulated` [draw,
@@ -179,7 +182,10 @@ def out_of_distribution(
         levels = jnp.geomspace(prior.sigma_min, max(largest, 2 * prior.sigma_min), 8)
     for level in np.asarray(levels):
         check_positive("levels", level)
-    draws = np.asarray(prior.sample(key, (num_draws,)))
+    if reference is None:
+        draws = np.asarray(prior.sample(key, (num_draws,)))
+    else:
+        draws = _events("reference", reference, prior, 4 * LEAST)
     norms = [_score_norms(prior, each, levels) for each in (x, draws)]
     cloud, rest = norms[1][::2], norms[1][1::2]
     distances = Mahalanobis()(np.concatenate([norms[0], rest]), cloud)
@@ -206,7 +212,7 @@ def out_of_distribution(
         check="out_of_distribution",
         statistic="Mahalanobis distance of score norms, one-sided, and log density, two-sided",
         p_value=bonferroni(p_values),
-        num=num_draws,
+        num=len(draws),
     )
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **groups})
 

@@ -154,7 +154,7 @@ def plot_out_of_distribution(tree: DataTree) -> Figure:
 def _histograms(ax: Axes, values: dict[str, np.ndarray]) -> None:
     """Histograms on common bins, of one area each."""
     everything = np.concatenate(list(values.values()))
-    edges = np.histogram_bin_edges(everything, _bins(everything))
+    edges = np.histogram_bin_edges(everything, _bins(everything)).tolist()
     for (name, each), colour in zip(values.items(), [*_colours()[::-1], "0.5"], strict=False):
         ax.hist(each, edges, density=True, alpha=0.5, color=colour, label=name)
     ax.set_yticks([])

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from scoreprior._typing import Key
-from scoreprior.nn.embed import Dropout, with_dropout
+from scoreprior.nn.embed import Dropout, MixedPrecision, with_dropout
 from scoreprior.nn.mlp import ResidualMLP
 from scoreprior.nn.unet import UNet
 
@@ -27,4 +27,4 @@ def from_config(config: Mapping[str, Any], *, key: Key) -> ResidualMLP | UNet:
         raise ValueError(f"config does not fit {name}: {error}") from error
 
 
-__all__ = ["Dropout", "ResidualMLP", "UNet", "from_config", "with_dropout"]
+__all__ = ["Dropout", "MixedPrecision", "ResidualMLP", "UNet", "from_config", "with_dropout"]

@@ -1,11 +1,16 @@
-"""How a network is told the noise level and its context: features, and FiLM."""
+"""How a network is told the noise level and its context: features, and FiLM.
+
+And what wraps layers or a network: dropout, and computing in a short type.
+"""
+
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scoreprior._typing import Key, Scalar
+from scoreprior._typing import Event, Key, Scalar
 
 
 class Fourier(eqx.Module):
@@ -95,6 +100,31 @@ class Dropout(eqx.Module):
             return h
         kept = jax.random.bernoulli(self.key, 1 - self.rate, h.shape)
         return jnp.where(kept, h / (1 - self.rate), 0)
+
+
+class MixedPrecision(eqx.Module):
+    """A network that computes in a short type and keeps its weights in theirs.
+
+    `net(x, log_sigma, context)` with weights, event and context cast to `dtype`, and the output
+    cast back to the type of the event. What stands around the network, its preconditioning, the
+    loss, the optimiser and the average of the weights, stays in full precision (Micikevicius et
+    al., ICLR 2018; `bfloat16` has the range of `float32`, so that no loss is scaled). The noise
+    level is cast as well, to a relative precision of 1/256.
+
+    Train `Network(MixedPrecision(net), moments)`, and take `net` out of it afterwards, to save it
+    or to compute with it in full precision.
+    """
+
+    net: Any
+    dtype: Any = eqx.field(static=True, default=jnp.bfloat16)
+
+    def __call__(self, x: Event, log_sigma: Scalar, context: Any = None) -> Event:
+        def short(tree: Any) -> Any:
+            return jax.tree.map(
+                lambda leaf: leaf.astype(self.dtype) if eqx.is_inexact_array(leaf) else leaf, tree
+            )
+
+        return short(self.net)(*short((x, log_sigma, context))).astype(x.dtype)
 
 
 def with_dropout[Tree](key: Key, tree: Tree) -> Tree:

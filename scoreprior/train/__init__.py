@@ -1,6 +1,6 @@
 """Training: losses made of parts, and `fit` with averaging, early stopping and exact resumption."""
 
-from scoreprior.train.augment import Dequantise, Unchanged
+from scoreprior.train.augment import Dequantise, InSequence, RandomCrop, Unchanged
 from scoreprior.train.fit import Fit, History, adamw, fit
 from scoreprior.train.levels import AbstractLevels, LogNormal, LogUniform
 from scoreprior.train.loss import (
@@ -35,9 +35,11 @@ __all__ = [
     "Fit",
     "Goal",
     "History",
+    "InSequence",
     "Likelihood",
     "LogNormal",
     "LogUniform",
+    "RandomCrop",
     "Relative",
     "Residual",
     "SUREScore",

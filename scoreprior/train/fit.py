@@ -100,9 +100,10 @@ def fit(
     **Arguments:** `context`, a pytree with leaves [n, ...], one per event, for conditional
     denoisers; `optimiser`, by default `adamw(num_steps)`; `averaging`, the decay per step of the
     exponential moving average of the weights; `dequantise(key, x)`, part of the data's law and so
-    applied to held-out events too, and before it `augment(key, x)`, applied in training only, both
-    afresh for every event of every step; `augment_context(key, context)`, as often, part of the law
-    of the contexts and so applied to held-out ones too, to drop some for example;
+    applied to held-out events too, as a `RandomCrop` is, and before it `augment(key, x)`, applied
+    in training only, both afresh for every event of every step; `augment_context(key, context)`,
+    as often, part of the law of the contexts and so applied to held-out ones too, to drop some for
+    example;
     `where(denoiser)`, the part that is trained; `checkpoint`, a file written after every
     evaluation, from which the same call resumes and ends with the same weights, bit for bit.
 
@@ -115,7 +116,7 @@ def fit(
     dtype = _dtype(where(denoiser))
     training = _data("data", data, context, dtype)
     testing = None if held_out is None else _data("held_out", held_out, held_out_context, dtype)
-    _check_events(denoiser, training, testing, augment_context)
+    _check_events(denoiser, training, testing, (dequantise, augment, augment_context))
     optimiser = adamw(num_steps) if optimiser is None else optimiser
     run = Run(
         denoiser=denoiser,
@@ -230,9 +231,12 @@ def _check_held_out(
 
 
 def _check_events(
-    denoiser: AbstractDenoiser, data: Data, held_out: Data | None, augment_context: ContextTransform
+    denoiser: AbstractDenoiser,
+    data: Data,
+    held_out: Data | None,
+    maps: tuple[Transform, Transform, ContextTransform],
 ) -> None:
-    """Raise unless the denoiser maps an event of the data to one of the same shape."""
+    """Raise unless the denoiser maps an event, as `maps` make it, to one of the same shape."""
     event = data.x.shape[1:]
     if held_out is not None and held_out.x.shape[1:] != event:
         raise ValueError(
@@ -243,19 +247,30 @@ def _check_events(
 
     def denoise(
         denoiser: AbstractDenoiser, x: Array, sigma: Array, context: Any, key: Key
-    ) -> Array:
-        return denoiser(x, sigma, augment_context(key, context))
+    ) -> tuple[Array, Array]:
+        dequantise, augment, augment_context = maps
+        x = dequantise(key, augment(key, x))
+        return denoiser(x, sigma, augment_context(key, context)), x
 
     try:
         key = jax.random.key(0)
-        made = eqx.filter_eval_shape(denoise, denoiser, *(first.x, sigma, first.context), key).shape
+        made, given = eqx.filter_eval_shape(
+            denoise, denoiser, *(first.x, sigma, first.context), key
+        )
     except Exception as error:
         raise ValueError(
             f"data must hold events the denoiser accepts; one of shape {event} fails: {error}"
         ) from error
-    if made != event:
+    if made.shape != given.shape:
         raise ValueError(
-            f"data must hold events of the denoiser's shape {made}, got events of shape {event}"
+            f"data must hold events of the denoiser's shape {made.shape}, got events of shape "
+            f"{given.shape}"
+        )
+    whole = eqx.filter_eval_shape(maps[0], key, first.x).shape
+    if held_out is not None and whole != given.shape:
+        raise ValueError(
+            "dequantise must give held-out events the shape that augment gives those of training, "
+            f"got {whole} and {given.shape}: a crop belongs to dequantise"
         )
 
 

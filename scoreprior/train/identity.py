@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from scoreprior._typing import Key, Scalar
 from scoreprior.train.state import Data, Run, State
@@ -96,9 +96,12 @@ def _programs(run: Run, start: State) -> dict[str, str]:
     event = jax.tree.map(lambda leaf: leaf[0], run.data)
     blank = eqx.tree_at(lambda r: (r.data, r.held_out), run, (None, None), is_leaf=_is_none)
     u = jnp.full((), 0.5, event.x.dtype)
+    # Maps may change the shape of an event, and have programs of their own.
+    augmented = _like(eqx.filter_eval_shape(run.augment, run.key, event.x))
+    given = _like(eqx.filter_eval_shape(run.dequantise, run.key, augmented))
     return {
-        "loss": program(_gradient, blank, start.params, event, u, run.key),
-        "dequantise": program(run.dequantise, run.key, event.x),
+        "loss": program(_gradient, blank, start.params, event._replace(x=given), u, run.key),
+        "dequantise": program(run.dequantise, run.key, augmented),
         "augment": program(run.augment, run.key, event.x),
         "augment_context": program(run.augment_context, run.key, event.context),
     }
@@ -115,6 +118,10 @@ def _optimiser(run: Run, start: State) -> str:
     """The update's program, and the first state, where some optimisers keep their settings."""
     update = program(run.optimiser.update, start.params, start.optimiser, start.params)
     return f"update {update}, initial state {digest(start.optimiser)}"
+
+
+def _like(shape: jax.ShapeDtypeStruct) -> Array:
+    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def _is_none(value: Any) -> bool:
