@@ -236,64 +236,6 @@ def bilinear(image: Image, north: Array, east: Array) -> Array:
     return jax.scipy.ndimage.map_coordinates(image, where, order=1)
 
 
-class Ring(NamedTuple):
-    """A ring as it appears in an image, `[]` each."""
-
-    diameter: Number  # twice the mean radius of the brightest point, over position angles
-    width: Number  # full width at half maximum of the radial profile, mean over position angles
-    asymmetry: Number  # |sum_j b_j exp(i angle_j)| / sum_j b_j, b_j the peak towards angle_j
-    orientation: Number  # position angle of the brighter side, degrees from north through east
-    roundness: Number  # sd of the peak radius over its mean: small for a ring
-    depth: Number  # brightness at the centre over the mean peak: small for a ring
-
-
-def measure_ring(image: Image) -> Ring:
-    """The ring that is in the image: peaks of radial profiles from the centre that is rounder.
-
-    As The EHT Collaboration (2019), paper IV: of all centres within 20 micro-arcseconds of the flux
-    centroid, 2 apart, the one from which the radii of the peaks vary least relative to their mean;
-    profiles are bilinear, from 5 to 50, every 1, towards 36 angles.
-    Where no centre has peaks towards all angles there is no ring, and all is NaN. The peak of a
-    ring that is wide or smoothed is nearer to the centre than its middle: rings here measure 5 less
-    than their `diameter`.
-    """
-    offset = ((NUM_PIXELS - 1) / 2 - jnp.arange(NUM_PIXELS)) * PIXEL
-    total = jnp.sum(image)
-    centroid = jnp.array(
-        [jnp.sum(image * offset[:, None]) / total, jnp.sum(image * offset[None]) / total]
-    )
-    step = jnp.arange(-20.0, 20.1, 2.0)
-    shifts = jnp.stack([x.ravel() for x in jnp.meshgrid(step, step)], -1)
-    angles = 2 * jnp.pi * jnp.arange(36) / 36
-    radii = jnp.arange(5.0, 50.1, 1.0)
-
-    def profiles(centre: Array) -> Array:
-        north = centre[0] + radii[None] * jnp.cos(angles)[:, None]
-        east = centre[1] + radii[None] * jnp.sin(angles)[:, None]
-        return bilinear(image, north, east)
-
-    def roundness(centre: Array) -> Array:
-        peak = radii[jnp.argmax(profiles(centre), 1)]
-        is_between = (peak > radii[0]) & (peak < radii[-1])
-        return jnp.where(jnp.all(is_between), jnp.std(peak) / jnp.mean(peak), jnp.inf)
-
-    centres = centroid[None] + shifts
-    found = jax.vmap(roundness)(centres)
-    centre = jnp.where(jnp.min(found) < jnp.inf, centres[jnp.argmin(found)], jnp.nan)
-    profile = profiles(centre)
-    peak, bright = radii[jnp.argmax(profile, 1)], jnp.max(profile, 1)
-    above = jnp.sum(profile > bright[:, None] / 2, 1) * 1.0
-    moment = jnp.sum(bright * jnp.exp(1j * angles)) / jnp.sum(bright)
-    return Ring(
-        2 * jnp.mean(peak),
-        jnp.mean(above),
-        jnp.abs(moment),
-        jnp.rad2deg(jnp.angle(moment)) % 360,
-        jnp.std(peak) / jnp.mean(peak),
-        bilinear(image, centre[0], centre[1]) / jnp.mean(bright),
-    )
-
-
 def draw_page(images: Float[Array, "n row col"], path: Path, titles: list[str]) -> None:
     """A page of images, each on its own scale, eight in a row."""
     from matplotlib.figure import Figure
