@@ -34,6 +34,7 @@ from scoreprior import nn
 from scoreprior.denoise import AbstractDenoiser, Gaussian, Network
 from scoreprior.gaussian import Dense, Isotropic, Moments
 from scoreprior.guide import MMPS
+from scoreprior.io import load
 from scoreprior.learn import EM, GuidedDraws, Measurements, Train, fit_gaussian
 from scoreprior.sample import DPMSolver, LogGrid, sample
 from scoreprior.train import (
@@ -134,6 +135,11 @@ def clean(case: Case, budget: Budget) -> AbstractDenoiser:
     return trained(moments, case.train, case.validation, noise_loss(moments), budget)
 
 
+def bundled(case: Case, budget: Budget) -> AbstractDenoiser:
+    """The bundled prior, of the same clean images and ten times as many steps."""
+    return load("digits").flow.denoiser
+
+
 def as_if_clean(case: Case, budget: Budget) -> AbstractDenoiser:
     """The images as seen, with hidden pixels zero."""
     moments = Moments.fit(case.seen.data, Dense())
@@ -190,6 +196,7 @@ def sure_score(case: Case, budget: Budget) -> AbstractDenoiser:
 
 
 METHODS: dict[str, Callable[[Case, Budget], AbstractDenoiser]] = {
+    "bundled": bundled,
     "clean": clean,
     "as-if-clean": as_if_clean,
     "gaussian": gaussian,
@@ -198,6 +205,7 @@ METHODS: dict[str, Callable[[Case, Budget], AbstractDenoiser]] = {
     "sure-score": sure_score,
 }
 CASES = ("noise-10", "noise-0", "mask")
+ANY_CASE = ("bundled", "clean")
 NOISE_ONLY = ("ambient", "sure-score")
 
 
@@ -244,8 +252,8 @@ def main() -> None:
         for method in options.methods:
             if name == "mask" and method in NOISE_ONLY:
                 continue
-            settings = (budget, "any") if method == "clean" else (budget, name)
-            label = "clean" if method == "clean" else f"{name}, {method}"
+            settings = (budget, "any") if method in ANY_CASE else (budget, name)
+            label = method if method in ANY_CASE else f"{name}, {method}"
             found[name][method] = progress(label, settings, partial(measure, case, method, budget))
             jax.clear_caches()
         columns = list(next(iter(found[name].values()), {}))
