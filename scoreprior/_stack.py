@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 
@@ -104,7 +105,7 @@ class Stack[Item](eqx.Module):
 
 def _stacked(column: Sequence[Array]) -> Array:
     """`jnp.stack`, whose compilation takes minutes for ten thousand arrays, only where it must."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in column):
+    if any(isinstance(leaf, Tracer) for leaf in column):
         return jnp.stack(column)
     return jnp.asarray(np.stack([np.asarray(leaf) for leaf in column]))
 

@@ -66,9 +66,8 @@ def plot_residuals(products: Mapping[str, Predictions]) -> Figure:
     for name, product in products.items():
         _check(name, product)
     figure = Figure(figsize=(WIDTH, HEIGHT * len(products)), layout="constrained")
-    for part, (name, product) in zip(
-        np.atleast_1d(figure.subfigures(len(products))), products.items(), strict=True
-    ):
+    parts = figure.subfigures(len(products), squeeze=False)[:, 0]
+    for part, (name, product) in zip(parts, products.items(), strict=True):
         above, below = part.subplots(2, sharex=True, height_ratios=[2, 1])
         part.suptitle(
             f"{name}: chi-squared {product.chi_squared():.2f} per datum", fontsize=9, x=0.5
