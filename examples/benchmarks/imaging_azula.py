@@ -3,13 +3,13 @@
     uv run --with azula python examples/benchmarks/imaging_azula.py [--quick] [--digits 20]
 
 azula (github.com/francois-rozet/azula) is a PyTorch package of denoisers and guidance. The bundled
-network is rewritten in PyTorch with its weights; that the two denoisers agree to 1e-5 of a grey
-level, relative to the largest of pixels and 1, is checked first. Both sample the law of the model,
-which has the noise of `sigma_min`, down the same 100 levels, one evaluation each, from the problem
-`blur` of `imaging.py` at both noise levels; 64 draws. azula's sampler is DDPM; `Guided` has its own,
-and DDPM too. `DPS` has equal steps: azula takes one norm over a batch, so that `zeta` is multiplied by
-the square root of the number of draws. The same settings in both packages, none is chosen.
-Differences are those on the same digits.
+network is rewritten in PyTorch with its weights; that the two denoisers agree to 1e-5, relative to
+the largest of pixels and 1, is checked first. Both sample the law of the model, which has the noise
+of `sigma_min`, down the same 100 levels, one evaluation each, from the problem `blur` of
+`imaging.py` at both noise levels; 64 draws. azula's sampler is DDPM; `Guided` has its own, and DDPM
+too. Settings are the same in both packages, and none is chosen. Those of `DPS` are the step of
+`Guided`; azula takes one norm over a batch, so that its `zeta` is multiplied by the square root of
+the number of draws. Differences are those on the same digits.
 """
 
 import dataclasses
