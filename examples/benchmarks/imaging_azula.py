@@ -1,6 +1,6 @@
 """PSNR of posterior means of blurred digits by azula and by `Guided`, with one network.
 
-    uv run --with azula python examples/benchmarks/imaging_azula.py [--quick] [--digits 20]
+    python examples/benchmarks/imaging_azula.py [--quick] [--digits 20]
 
 azula (github.com/francois-rozet/azula) is a PyTorch package of denoisers and guidance. The bundled
 network is rewritten in PyTorch with its weights; that the two denoisers agree to 1e-5, relative to
