@@ -7,9 +7,11 @@ network is rewritten in PyTorch with its weights; that the two denoisers agree t
 the largest of pixels and 1, is checked first. Both sample the law of the model, which has the noise
 of `sigma_min`, down the same 100 levels, one evaluation each, from the problem `blur` of
 `imaging.py` at both noise levels; 64 draws. azula's sampler is DDPM; `Guided` has its own, and DDPM
-too. Settings are the same in both packages, and none is chosen. Those of `DPS` are the step of
-`Guided`; azula takes one norm over a batch, so that its `zeta` is multiplied by the square root of
-the number of draws. Differences are those on the same digits.
+too. Settings are the same in both packages, and none is chosen; linear systems of azula are solved
+by its default, GMRES, for `MMPS`, whose conjugate gradients lose draws, and by ten conjugate
+gradients for `DiffPIR`. Draws that are not finite are left out of the mean, and counted. The
+setting of `DPS` is the step of `Guided`; azula takes one norm over a batch, so that its `zeta` is
+multiplied by the square root of the number of draws. Differences are those on the same digits.
 """
 
 import dataclasses
@@ -125,10 +127,9 @@ def by_azula(method: str, setting: float, noise: float, data: imaging.Data, seed
         sampler = DPSSampler(denoiser, y, forward, zeta, steps=NUM_STEPS, silent=True)
     elif method == "MMPS":
         cov_y = IsotropicCovariance(torch.tensor(noise**2))
-        guided = MMPSDenoiser(denoiser, y, forward, cov_y, "cg", int(setting))
+        guided = MMPSDenoiser(denoiser, y, forward, cov_y, "gmres", int(setting))
         sampler = DDPMSampler(guided, steps=NUM_STEPS, silent=True)
     else:
-        # It iterates in single precision whatever the residual: 48 times end in NaN.
         guided = DiffPIRDenoiser(denoiser, y, forward, noise**2, setting, "cg", 10)
         sampler = DDPMSampler(guided, steps=NUM_STEPS, silent=True)
     x = sampler.init((NUM_DRAWS, 64), denoiser.mean, denoiser.variances)
@@ -155,7 +156,9 @@ def measure(method: str, setting: float, noise: float, index: int) -> dict[str, 
         start = time.perf_counter()
         x = draw()
         row[f"{package}, seconds"] = time.perf_counter() - start
-        row[package] = check.psnr(data.truth, x.mean(0), peak=imaging.PEAK)
+        finite = np.isfinite(x).all(1)
+        row[f"{package}, lost"] = int((~finite).sum())
+        row[package] = check.psnr(data.truth, x[finite].mean(0), peak=imaging.PEAK)
     return row
 
 
@@ -189,10 +192,11 @@ def main() -> None:
                     f"{noise:g}",
                     len(found),
                     *(f"{mean:.2f}" for mean in psnr.mean(0)),
+                    *(sum(row[f"{name}, lost"] for row in found) for name in PACKAGES),
                     *(f"{g:+.2f} ± {se:.2f}" for g, se in zip(gains.mean(0), ses, strict=True)),
                 ]
             )
-    columns = ["method", "noise", "digits", *PACKAGES]
+    columns = ["method", "noise", "digits", *PACKAGES, *(f"{name}, lost" for name in PACKAGES)]
     columns += [f"{name} less azula" for name in PACKAGES[1:]]
     show(f"PSNR of the mean, {NUM_STEPS} evaluations a draw", columns, rows)
     write(options.output, {"disagreement": error, "rows": rows})
