@@ -299,8 +299,8 @@ COVERED = {
 }
 SCORES = ("PSNR", "CRPS", "energy score", "log density")
 REFERENCE = "FeynmanKac, MMPS"
-Rows = dict[int, list[dict[str, float]]]
-"""The measurements of a method by digit."""
+Rows = dict[int, dict[str, dict[str, float]]]
+"""The measurements of a method by digit and kind of problem."""
 
 
 def choose(
@@ -336,26 +336,37 @@ def coverage_row(rows: Rows) -> list[str]:
     """Coverage with its standard error over digits, and how many of those it is off by."""
     cells = [str(len(rows)), str(sum(map(len, rows.values())))]
     for what, nominal in COVERED.items():
-        each = np.array([np.mean([row[what] for row in found]) for found in rows.values()])
-        # Of few digits all may be covered: the error is at least that of one draw of each.
+        each = np.array([np.mean([row[what] for row in kinds.values()]) for kinds in rows.values()])
+        # Of few digits all may be covered: the error is at least that of independent entries.
         least = nominal * (1 - nominal) / (64 if what.startswith("pixels") else 1)
-        least /= np.mean([len(found) for found in rows.values()])
-        se = np.sqrt(max(each.var(ddof=1) if len(each) > 1 else 0.0, least) / len(each))
+        least /= np.mean([len(kinds) for kinds in rows.values()])
+        se = np.sqrt(max(each.var(ddof=1), least) / len(each)) if len(each) > 1 else np.nan
         cells.append(f"{each.mean():.3f} ± {se:.3f} ({(each.mean() - nominal) / se:+.1f})")
     return cells
 
 
 def score_row(rows: Rows, reference: Rows | None) -> list[str]:
     """Scores with standard errors over digits; their differences on the same digits, if any."""
-    both = [index for index in rows if reference is None or index in reference]
+    both = {
+        index: [
+            (row, reference[index][kind] if reference else None)
+            for kind, row in kinds.items()
+            if not reference or kind in reference.get(index, {})
+        ]
+        for index, kinds in rows.items()
+    }
+    both = {index: pairs for index, pairs in both.items() if pairs}
     cells = [str(len(both))]
     for what in SCORES:
-        each = np.array([np.mean([row[what] for row in rows[index]]) for index in both])
-        if reference is not None:
-            each -= [np.mean([row[what] for row in reference[index]]) for index in both]
+        each = np.array(
+            [
+                np.mean([row[what] - (other[what] if other else 0.0) for row, other in pairs])
+                for pairs in both.values()
+            ]
+        )
         sign = "" if reference is None else "+"
         se = each.std(ddof=1) / np.sqrt(len(each)) if len(each) > 1 else np.nan
-        cells.append(f"{each.mean():{sign}.3g} ± {se:.2g}")
+        cells.append(f"{each.mean():{sign}.3f} ± {se:.3f}" if len(each) else "")
     return cells
 
 
@@ -423,11 +434,11 @@ def report(results: dict[str, Any]) -> None:
     for title, by_label in results.items():
         found, lost, seconds = {}, {}, {}
         for label, rows in by_label.items():
-            finite = {index: [row] for index, row in rows.items() if "PSNR" in row}
+            finite = {index: {title: row} for index, row in rows.items() if "PSNR" in row}
             found[label], lost[label] = finite, len(rows) - len(finite)
             seconds[label] = [row["seconds"] for row in rows.values()]
             for index, row in finite.items():
-                everything.setdefault(label, {}).setdefault(index, []).extend(row)
+                everything.setdefault(label, {}).setdefault(index, {}).update(row)
             all_seconds.setdefault(label, []).extend(seconds[label])
             all_lost[label] = all_lost.get(label, 0) + lost[label]
         tables(title, found, lost, seconds)
