@@ -125,3 +125,24 @@ def test_a_model_with_more_unknowns_is_refused():
 
     with pytest.raises(ValueError, match="DAPS needs one prior site, .* no other latent site"):
         DAPS().run(Problem.from_model(model), KEY, progress=False)
+
+
+def test_the_program_is_compiled_once_for_many_data(monkeypatch):
+    def seen(y, sd):
+        x = numpyro.sample("x", ScorePrior(FLOW, ScoreOnly()))
+        numpyro.sample("y", dist.Normal(A_G @ x, sd).to_event(1), obs=y)
+
+    traced, denoised = [], DAPS._denoised
+    monkeypatch.setattr(DAPS, "_denoised", lambda *inputs: traced.append(1) or denoised(*inputs))
+    engine, first = DAPS(20, 4), Problem.from_model(seen, Y_G, jnp.array(SD_G))
+    for number, shift in enumerate((0.0, 1.5)):
+        inputs = Y_G + shift, jnp.array(SD_G * (1 + shift))
+        traced.clear()
+        found = engine.run(first.with_data(*inputs), KEY, progress=False)
+        assert bool(traced) == (number == 0)
+        fresh = engine.run(Problem.from_model(seen, *inputs), KEY, progress=False)
+        np.testing.assert_allclose(found.positions["x"], fresh.positions["x"], rtol=1e-9)
+        for runs in (found, fresh):
+            assert runs.problem.args[0].tolist() == inputs[0].tolist()
+        likelihoods = (runs.stats["log_likelihood"] for runs in (found, fresh))
+        np.testing.assert_allclose(*likelihoods, rtol=1e-9)

@@ -1,7 +1,7 @@
 """Checks of posteriors: calibration, coverage, two-sample tests, predictions; and of priors.
 
 Every check gives a `DataTree` whose attribute `p_value` is small where the posterior or the prior
-is wrong.
+is wrong. Scores (`crps`, `energy_score`, `psnr`) are numbers, to compare posteriors by.
 """
 
 from scoreprior.check.calibration import Replicates, coverage, replicate, sbc
@@ -34,6 +34,7 @@ from scoreprior.check.prior_plots import (
     plot_out_of_distribution,
     plot_spectrum,
 )
+from scoreprior.check.scores import crps, energy_score, psnr
 from scoreprior.check.tarp import tarp
 
 __all__ = [
@@ -47,7 +48,9 @@ __all__ = [
     "Replicates",
     "c2st",
     "coverage",
+    "crps",
     "diversity",
+    "energy_score",
     "evidence_ratio",
     "held_out_bits",
     "local_c2st",
@@ -66,6 +69,7 @@ __all__ = [
     "plot_spectrum",
     "plot_tarp",
     "posterior_predictive",
+    "psnr",
     "replicate",
     "sbc",
     "spectrum",

@@ -17,7 +17,7 @@ class LinearProblem(eqx.Module):
     `x` has the shape `shape`, that of one event of `prior` or, under plates, of several.
     """
 
-    problem: Problem = eqx.field(static=True)
+    problem: Problem
     site: str = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
     prior: ScorePrior
