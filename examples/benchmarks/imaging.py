@@ -298,7 +298,7 @@ COVERED = {
     f"{what} {level} %": level / 100 for what in ("pixels", "brightness") for level in (50, 90)
 }
 SCORES = ("PSNR", "CRPS", "energy score", "log density")
-REFERENCE = "FeynmanKac, MMPS"
+REFERENCE = "Gaussian"
 Rows = dict[int, dict[str, dict[str, float]]]
 """The measurements of a method by digit and kind of problem."""
 
