@@ -27,7 +27,7 @@ seen = np.random.default_rng(1).uniform(size=(8, 8)) > 0.25
 
 def camera(width):
     """What the camera sees of an image: blurred, then one pixel in four lost."""
-    return operators.Mask(seen) @ operators.GaussianBlur(width, (8, 8))
+    return operators.Mask(seen) @ operators.GaussianBlur(width, (8, 8), operators.Zero())
 
 
 # --8<-- [end:operator]
