@@ -4,7 +4,7 @@
 
 The camera blurs by an unknown width, adds an unknown background and unknown noise, and misses a
 quarter of the pixels. Image and camera are inferred together, and checked. The page "Imaging" goes
-through it; some three minutes on two cores.
+through it; two minutes on two cores.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
     python examples/benchmarks/imaging_azula.py [--quick] [--digits 20]
 
-azula (github.com/francois-rozet/azula) is a PyTorch package of denoisers and guidance. The bundled
+azula (github.com/francois-rozet/azula; the extra `azula`) is a PyTorch package of denoisers and
+guidance. The bundled
 network is rewritten in PyTorch with its weights; that the two denoisers agree to 1e-5, relative to
 the largest of pixels and 1, is checked first. Both sample the law of the model, which has the noise
 of `sigma_min`, down the same 100 levels, one evaluation each, from the problem `blur` of
