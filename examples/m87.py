@@ -80,14 +80,17 @@ class Data(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How long to run: particles of each of two clouds, draws of each of four chains, steps."""
+    """How long to run."""
 
-    particles: int
-    draws: int
+    particles: int  # of each of two clouds
+    moves: int  # at most, at every temperature
+    leapfrog: int  # steps of a move
+    draws: int  # of each of four chains
     vi_steps: int
+    measured: int  # draws whose rings are measured
 
 
-FULL, QUICK = Settings(48, 400, 3000), Settings(16, 20, 500)
+FULL, QUICK = Settings(48, 5, 8, 400, 3000, 100), Settings(16, 2, 4, 20, 500, 20)
 
 
 def reduce(raw: Visibilities) -> Data:
@@ -163,8 +166,14 @@ def load_prior(context: str | None = None) -> sp.ScorePrior:
 
 def smc(settings: Settings) -> sp.TemperedSMC:
     """Long moves, for a cloud this small."""
-    moves = {"max_moves": 5, "max_autocorrelation": 0.4, "kernel": HMCMoves(8)}
-    return sp.TemperedSMC(settings.particles, 2, target_ess=0.6, **moves)
+    return sp.TemperedSMC(
+        settings.particles,
+        2,
+        kernel=HMCMoves(settings.leapfrog),
+        target_ess=0.6,
+        max_moves=settings.moves,
+        max_autocorrelation=0.4,
+    )
 
 
 def sample(problem: sp.Problem, settings: Settings, key: jax.Array) -> tuple[Any, Any]:
@@ -242,12 +251,6 @@ def print_chi_squared(images: np.ndarray, data: Data) -> None:
     )
 
 
-def interval(values: np.ndarray, level: float = 0.9) -> tuple[float, float]:
-    """The central interval, of the draws that have a value."""
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def rehearse(prior: sp.ScorePrior, data: Data, settings: Settings, key: jax.Array) -> None:
     """Find a simulated crescent again; say what the intervals cover."""
     key_data, key = jax.random.split(key)
@@ -262,17 +265,17 @@ def rehearse(prior: sp.ScorePrior, data: Data, settings: Settings, key: jax.Arra
     print_chi_squared(images, simulated)
     share = f"{covered[lit].mean():.0%} of {lit.sum()} that are lit"
     print(f"  pixels within their 90 % interval     {share}")
-    true, found = measure(truth[None]), measure(images_of(tree, 100))
+    true, found = measure(truth[None]), measure(images_of(tree, settings.measured))
     for name in ("diameter", "width", "asymmetry"):
-        low, high = interval(getattr(found, name))
+        low, high = np.nanquantile(getattr(found, name), [0.05, 0.95])
         is_in = "covers" if low <= getattr(true, name)[0] <= high else "misses"
         print(f"  {name:<12}{low:6.2f} to {high:6.2f} {is_in} {getattr(true, name)[0]:.2f}")
 
 
-def report(name: str, tree: Any, data: Data) -> Ring:
+def report(name: str, tree: Any, data: Data, settings: Settings) -> Ring:
     """Print chi-squared and what is measured on every draw, with its R-hat over chains."""
     images = images_of(tree)
-    found = measure(images_of(tree, 100))
+    found = measure(images_of(tree, settings.measured))
     print(name)
     print_chi_squared(images, data)
     print(f"  draws with a ring                     {np.isfinite(found.diameter).mean():.0%}")
@@ -380,10 +383,10 @@ def main() -> None:
     rehearse(prior, data, settings, keys[0])
     problem = (gain_problem if options.gains else closure_problem)(prior, data)
     cloud, tree = sample(problem, settings, keys[1])
-    report("M87, tempered SMC", cloud, data)
-    found = report("M87, NUTS from its draws", tree, data)
+    report("M87, tempered SMC", cloud, data, settings)
+    found = report("M87, NUTS from its draws", tree, data, settings)
     fitted = sp.infer(problem, sp.VI(LowRank(16), settings.vi_steps, 200), key=keys[2])
-    report("M87, variational inference", fitted, data)
+    report("M87, variational inference", fitted, data, settings)
     evidence(data, settings, keys[3])
 
     diameter = f"{np.nanmean(found.diameter):.1f} ± {np.nanstd(found.diameter):.1f} µas"
