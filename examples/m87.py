@@ -90,7 +90,7 @@ class Settings(NamedTuple):
     measured: int  # draws whose rings are measured
 
 
-FULL, QUICK = Settings(48, 5, 8, 400, 3000, 100), Settings(16, 2, 4, 20, 500, 20)
+FULL, QUICK = Settings(64, 8, 8, 400, 3000, 100), Settings(16, 4, 8, 20, 500, 20)
 
 
 def reduce(raw: Visibilities) -> Data:
@@ -165,11 +165,11 @@ def load_prior(context: str | None = None) -> sp.ScorePrior:
 
 
 def smc(settings: Settings) -> sp.TemperedSMC:
-    """Long moves, for a cloud this small."""
+    """Long moves, for a cloud this small; a dense mass matrix costs ten times the moves."""
     return sp.TemperedSMC(
         settings.particles,
         2,
-        kernel=HMCMoves(settings.leapfrog),
+        kernel=HMCMoves(settings.leapfrog, dense_mass=False),
         target_ess=0.6,
         max_moves=settings.moves,
         max_autocorrelation=0.4,
@@ -265,7 +265,7 @@ def rehearse(prior: sp.ScorePrior, data: Data, settings: Settings, key: jax.Arra
     print_chi_squared(images, simulated)
     share = f"{covered[lit].mean():.0%} of {lit.sum()} that are lit"
     print(f"  pixels within their 90 % interval     {share}")
-    true, found = measure(truth[None]), measure(images_of(tree, settings.measured))
+    true, found = (measure(x) for x in (truth[None], images_of(tree, settings.measured)))
     for name in ("diameter", "width", "asymmetry"):
         low, high = np.nanquantile(getattr(found, name), [0.05, 0.95])
         is_in = "covers" if low <= getattr(true, name)[0] <= high else "misses"
