@@ -58,8 +58,7 @@ LOG_GAIN_SD, LOG_GAIN_SD_LMT = 0.1, 0.3
 """A priori, of the log of an amplitude gain; the LMT's pointing was poor (paper III)."""
 COMPACT_FLUX = 0.6
 """Jy: of the simulation, and about the median of the prior with `--gains` (paper IV)."""
-NUM_STEPS = 12
-"""Solver steps from noise to image."""
+NUM_STEPS = 12  # of the solver, from noise to image
 FEATURES = {
     "diameter": "42 +- 3",
     "width": "below 20",
