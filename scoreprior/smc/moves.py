@@ -75,7 +75,8 @@ class HMCMoves(AbstractMoves):
     `num_leapfrog=1` this is the Metropolis-adjusted Langevin algorithm.
 
     **Arguments:** `num_leapfrog`, gradients per step; `target_accept`, `jitter` in (0, 1);
-    `dense_mass`, for up to a few thousand coordinates, or else the diagonal alone.
+    `dense_mass`, or else the diagonal alone: of a thousand coordinates and a small cloud, whose
+    second moments are mostly shrunk away, its decompositions take longer than the moves.
     """
 
     num_leapfrog: int = eqx.field(static=True, default=8)
