@@ -1,5 +1,7 @@
 """TemperedSMC finds the right posterior and evidence: closed forms, both forms, all kernels."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,23 @@ def test_other_forms_and_kernels(name):
     draws, flat = run(two_priors, ENGINES[name], Y_G, Y_M)
     check_two_priors(draws, flat, bias=0.25)
     check_evidence(draws, evidence_of_two_priors(), bias=0.2)
+
+
+@pytest.mark.parametrize("num_particles", [20, 200])
+def test_mass_matrix_is_the_shrunk_second_moment_of_the_gradients(num_particles):
+    """Also of fewer particles than coordinates, where it is kept as a diagonal and a low rank."""
+    size = 50
+    correlated = np.random.default_rng(0).normal(size=(num_particles + 1, size))
+    gradients = (correlated + correlated[:, :1]) * np.linspace(1, 30, size)
+    gradients[-1, 3] = np.nan  # of a particle that has no say
+    states = SimpleNamespace(logdensity_grad={"u": jnp.asarray(gradients)})
+    metric = HMCMoves().scales(states)
+    root = np.diag(metric.sigma)
+    inverse = root @ (np.eye(size) + (metric.U * (metric.lam - 1)) @ metric.U.T) @ root
+    gradients, shrinkage = gradients[:-1], size / (num_particles + size)
+    moment = gradients.T @ gradients / num_particles
+    mass = (1 - shrinkage) * moment + shrinkage * np.diag(np.diag(moment))
+    np.testing.assert_allclose(inverse @ mass, np.eye(size), atol=1e-10)
 
 
 def test_single_precision():
