@@ -11,6 +11,7 @@ for the joint Gaussian `N(m, C)`, exact for a linear Gaussian model, with `t` th
 deviations that this Gaussian leaves.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from scoreprior.denoise import AbstractDenoiser
 from scoreprior.gaussian import Dense, Moments
 from scoreprior.nn import ResidualMLP
 from scoreprior.prior import ScorePrior
+from scoreprior.sbi import saved
 from scoreprior.sbi.amortise import pairs, split
 from scoreprior.sbi.embed import Standardise
 from scoreprior.sbi.parameters import THETA, Parameters
@@ -234,6 +236,38 @@ class JointPosterior(eqx.Module):
         shape = self.standardise.mean.shape
         x = c.reshape(num, *shape) * self.standardise.scale[None] + self.standardise.mean[None]
         return {**theta, X: x}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what was learnt to the folder `path`, as `Posterior.save` does."""
+        denoiser = self.denoiser
+        if type(denoiser) is not JointDenoiser:
+            raise TypeError(
+                f"denoiser must be that of JointNPSE.fit to be saved, got {type(denoiser).__name__}"
+            )
+        parts = {
+            "net": denoiser.net,
+            "joint": (denoiser.mean, denoiser.covariance, denoiser.levels),
+            "standardise": saved.ranges(self.standardise),
+            "moments": self.moments,
+            "settings": (self.sigma_min, self.sigma_max),
+        }
+        saved.write(path, saved.JOINT, parts, self.parameters, self.history)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        prior: dist.Distribution | Callable[[], Any] | Parameters,
+    ) -> "JointPosterior":
+        """The posterior saved in the folder `path`, bit for bit; errors as `Posterior.load`."""
+
+        def build(parts: dict[str, Any], parameters: Parameters, history: Any) -> JointPosterior:
+            denoiser = JointDenoiser(parts["net"], *parts["joint"])
+            standardise = Standardise(*parts["standardise"])
+            low, high = parts["settings"]
+            return cls(parameters, denoiser, standardise, parts["moments"], low, high, history)
+
+        return saved.read(path, saved.JOINT, prior, build)
 
 
 class JointNPSE(eqx.Module):

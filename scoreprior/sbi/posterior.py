@@ -1,12 +1,15 @@
 """The amortised posterior: one network, conditioned on any observation, as a `ScorePrior`."""
 
+import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jaxtyping import Array, Float, PyTree
 
 from scoreprior._typing import Key
@@ -15,6 +18,7 @@ from scoreprior.denoise import AbstractDenoiser, Conditioned
 from scoreprior.flow import Flow
 from scoreprior.gaussian import Dense, Moments
 from scoreprior.prior import ScorePrior
+from scoreprior.sbi import saved
 from scoreprior.sbi.conditional import Observed
 from scoreprior.sbi.embed import Standardise
 from scoreprior.sbi.parameters import Parameters
@@ -110,6 +114,57 @@ class Posterior(eqx.Module):
         z = jax.vmap(self.parameters.to_vector)(theta)
         log_det = jax.vmap(self.parameters.log_det)(z)
         return self.condition(x_o).log_prob(z) - log_det
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what was learnt to the folder `path`, replacing a posterior saved there before.
+
+        `config.json` and `model.safetensors`, as for priors. The prior is code, and so is an
+        embedding that is none of `sbi.embed`: `load` takes them. Raises `TypeError` for a denoiser
+        that is not that of `NPSE.fit`, and `FileExistsError` where `path` is something else.
+        """
+        parts = {
+            **saved.amortised_parts(self.denoiser, self.max_items),
+            "standardise": saved.ranges(self.standardise),
+            "moments": self.moments,
+            "solver": self.solver,
+            "settings": (self.sigma_min, self.sigma_max, self.max_items, self.can_drop),
+        }
+        saved.write(path, saved.POSTERIOR, parts, self.parameters, self.history)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        prior: dist.Distribution | Callable[[], Any] | Parameters,
+        *,
+        embedding: Callable[..., Array] | None = None,
+    ) -> "Posterior":
+        """The posterior saved in the folder `path`, bit for bit.
+
+        **Arguments:** `prior`, the one of training; `embedding`, one built with the arguments of
+        that of training, whose weights are replaced: for those of `sbi.embed` it may be left out.
+
+        Raises `FileNotFoundError` where nothing is there, and `ValueError` for a folder that is not
+        a saved posterior or was damaged, and for another prior or embedding, saying what differs.
+        """
+
+        def build(parts: dict[str, Any], parameters: Parameters, history: Any) -> Posterior:
+            sigma_min, sigma_max, max_items, can_drop = parts["settings"]
+            standardise = Standardise(*parts["standardise"])
+            return cls(
+                parameters,
+                saved.amortised(parts, standardise, max_items, embedding),
+                standardise,
+                parts["moments"],
+                sigma_min,
+                sigma_max,
+                max_items,
+                can_drop,
+                parts["solver"],
+                history,
+            )
+
+        return saved.read(path, saved.POSTERIOR, prior, build)
 
     def _score_prior(self, context: Observed) -> ScorePrior:
         denoiser = Conditioned(self.denoiser, context)
