@@ -17,10 +17,11 @@ images. Quantiles are placed so that draws from the posterior cover as they say,
 are (`weibull`). A method is `off` where coverage is more than five standard errors away.
 
 Methods: `TemperedSMC` and `NUTS`, and `FeynmanKac`, have the posterior of the learned prior.
-`Guided` and `DAPS` approximate it. `Gaussian` has a prior with the moments of the training digits
-instead, and is exact; `total variation` has `exp(-strength sum sqrt(|grad x|^2 + 0.01))` on
-pixels from -1 to 18, by NUTS of blackjax. What has a setting, takes the one that does best on other
-digits: `DPS` and `DiffPIR` by the energy score, total variation by the held-out log density.
+`Guided` and `DAPS` approximate it. `prior` has that prior and no data. `Gaussian` has a prior with
+the moments of the training digits instead, and is exact; `total variation` has
+`exp(-strength sum sqrt(|grad x|^2 + 0.01))` on pixels from -1 to 18, by NUTS of blackjax. What has
+a setting, takes the one that does best on other digits: `DPS` and `DiffPIR` by the energy score,
+total variation by the held-out log density.
 
 Instruments and data are inputs of compiled programs, one for every method. A stopped program goes
 on where it was; `--table` computes nothing. Single precision, CPU.
@@ -133,15 +134,15 @@ def matrices(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def prior_draws() -> np.ndarray:
-    """100 draws of the prior, by the solver of its posteriors."""
-    keys = jax.random.split(jax.random.key(1), 100)
-    return np.asarray(jax.jit(jax.vmap(prior().sample))(keys))
+def prior_draws(num_draws: int, seed: int) -> np.ndarray:
+    """Draws of the prior [n, 8, 8], by the solver of its posteriors."""
+    keys = jax.random.split(jax.random.key(seed), num_draws)
+    return np.asarray(jax.lax.map(prior().sample, keys, batch_size=100), float)
 
 
 def observe(name: str, noise: float, index: int, *, from_prior: bool = False) -> Data:
     """Data of held-out digit, or draw of the prior, `index`."""
-    truth = (prior_draws() if from_prior else digits())[index].astype(float).ravel()
+    truth = (prior_draws(100, 1) if from_prior else digits())[index].astype(float).ravel()
     rng = np.random.default_rng([list(INSTRUMENTS).index(name), int(10 * noise), index])
     y, y_held_out = (A @ truth + noise * rng.standard_normal(len(A)) for A in matrices(name))
     return Data(truth, y, y_held_out)
@@ -184,6 +185,11 @@ def by_engine(engine: Any, name: str, noise: float, data: Data, seed: int) -> np
     given = problem().with_data(*padded(name, data), jnp.float32(noise))
     draws = engine.run(given, jax.random.key(seed), progress=False)
     return np.asarray(_images(draws.problem, draws.positions), float).reshape(-1, 64)
+
+
+def by_prior(_: None, name: str, noise: float, data: Data, seed: int) -> np.ndarray:
+    """Draws of the learned prior, the same for all data."""
+    return prior_draws(3000, 2).reshape(-1, 64)
 
 
 @cache
@@ -267,6 +273,7 @@ METHODS = {
     "Guided, MMPS": engine(sp.Guided(MMPS(4), NUM_DRAWS, 100)),
     "DAPS": engine(sp.DAPS(NUM_DRAWS, 50, num_ode_steps=5)),
     "Gaussian": Method(by_gaussian),
+    "prior": Method(by_prior),
     "Guided, DPS": Method(
         by_engine, [sp.Guided(DPS(s), NUM_DRAWS, 100) for s in (1.0, 3.0, 10.0, 30.0, 100.0)]
     ),
