@@ -189,7 +189,7 @@ def by_engine(engine: Any, name: str, noise: float, data: Data, seed: int) -> np
 
 def by_prior(_: None, name: str, noise: float, data: Data, seed: int) -> np.ndarray:
     """Draws of the learned prior, the same for all data."""
-    return prior_draws(3000, 2).reshape(-1, 64)
+    return prior_draws(500, 2).reshape(-1, 64)
 
 
 @cache
