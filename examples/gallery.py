@@ -7,7 +7,7 @@ end in closed form: whole powers and products of mixtures are mixtures, and so a
 weighted cloud goes down the levels; beside it goes one that follows the same composed score and
 ignores the weights. The program ends in checks: evidence, mean and masses of modes of the weighted
 clouds are those of the closed form, and those of the others are not. The digits are of the bundled
-prior.
+prior; those of imaging are in `gallery_imaging.py`.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from gallery_imaging import imaging
 from jax.scipy.special import logsumexp
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
@@ -385,6 +386,7 @@ def main() -> None:
         strip(case, found, key).savefig(folder / f"{name}.png", dpi=110)
         check(name, case, found)
     digits(folder, jax.random.key(3))
+    imaging(folder, jax.random.key(4))
     print(f"all checks passed, pictures in {folder} after {time.perf_counter() - start:.0f} s")
 
 

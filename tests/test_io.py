@@ -133,6 +133,32 @@ def test_metadata_come_back(tmp_path):
     assert sp.load_metadata(tmp_path / "prior") == metadata
 
 
+def test_a_prior_at_another_pixel_scale_is_refused(tmp_path):
+    """The shapes agree, so that nothing else would."""
+    metadata = {"pixel_micro_arcseconds": 4.0, "units": "z", "axes": ["row", "col"], "whole": True}
+    path = tmp_path / "prior"
+    sp.save(path, PRIORS["exact"], metadata=metadata)
+    radians = 4.0 * np.float32(np.pi / 180 / 3600 / 1e6)
+    rounded = float(radians * 180 * 3600 * 1e6 / np.pi)
+    assert rounded != 4.0
+    for expect in ({}, metadata, {"pixel_micro_arcseconds": rounded}, {"axes": ("row", "col")}):
+        assert repr(sp.load(path, expect=expect)) == repr(PRIORS["exact"])
+    for key, value, stored in (
+        ("pixel_micro_arcseconds", 5.0, "4.0"),
+        ("pixel_micro_arcseconds", 4.00001, "4.0"),
+        ("pixel_micro_arcseconds", "4.0", "4.0"),
+        ("units", "Jy", "'z'"),
+        ("whole", 1.0000001, "True"),
+    ):
+        match = f"asks for {key} = {value!r}, but the prior {path} was saved with {stored}: take"
+        with pytest.raises(ValueError, match=re.escape(match)):
+            sp.load(path, expect={key: value})
+    with pytest.raises(ValueError, match=r"pixel_micro_arcseconds = 4.0, of which .* say nothing"):
+        sp.load("digits", expect={"pixel_micro_arcseconds": 4.0})
+    with pytest.raises(TypeError, match="expect must be plain JSON"):
+        sp.load(path, expect={"pixel_micro_arcseconds": jnp.array(4.0)})
+
+
 def test_strided_arrays_come_back(tmp_path):
     # safetensors 0.8.0 writes the memory of a transposed array as if it were contiguous.
     vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]

@@ -95,6 +95,9 @@ def test_the_prior_is_small_and_documented():
     metadata = sp.load_metadata("radio")
     assert list(metadata["contexts"]) == ["ring", "disk", "double", "blob"]
     assert sp.load_images("radio").shape == (64, 32, 32)
+    sp.load("radio", context="ring", expect={"pixel_micro_arcseconds": 4.0})
+    with pytest.raises(ValueError, match=r"pixel_micro_arcseconds = 3.0, but the prior radio was"):
+        sp.load("radio", context="ring", expect={"pixel_micro_arcseconds": 3.0})
     with pytest.raises(ValueError, match=r"context must be one of \['ring', .*got 'jet'"):
         sp.load("radio", context="jet")
     with pytest.raises(ValueError, match=r"context must be one of \[\] of this prior"):

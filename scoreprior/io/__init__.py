@@ -15,6 +15,7 @@ with the package:
   the law of one group of shapes, `"ring"`, `"disk"`, `"double"` or `"blob"`.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -53,20 +54,30 @@ def save(
     files.write(Path(path), files.Stored(*encoded, files.plain(metadata or {})))
 
 
-def load(path_or_name: str | os.PathLike[str], *, context: str | None = None) -> ScorePrior:
+def load(
+    path_or_name: str | os.PathLike[str],
+    *,
+    context: str | None = None,
+    expect: Mapping[str, Any] | None = None,
+) -> ScorePrior:
     """The prior saved in a folder, or bundled under a name: `load("digits")`.
 
     **Arguments:** `context`, a name among the `contexts` of the metadata: the prior given that
-    context instead of the one it was saved with; see `ScorePrior.with_context`.
+    context instead of the one it was saved with; see `ScorePrior.with_context`. `expect`: what the
+    metadata must say, such as the scale of the pixels of the operator,
+    `expect={"pixel_micro_arcseconds": 4.0}`, which no array shows; numbers may differ by rounding,
+    one part in a million.
 
     A folder with the name of a bundled prior is reached as `Path(...)`. Arrays keep the precision
     in which they were saved; where JAX cannot, because 64-bit numbers are off, it warns.
 
     Raises `FileNotFoundError` where nothing is there, and `ValueError` for a folder that is not a
-    saved prior or was damaged, saying which file and what to do, or that has no such context.
+    saved prior or was damaged, saying which file and what to do, that has no such context, or
+    whose metadata lack what is expected or say otherwise.
     """
     path = _find(path_or_name)
     stored = files.read(path)
+    _check_expected(path_or_name, stored.metadata, files.plain(expect or {}, "expect"))
     if warning := files.warn_if_rounded(stored.arrays):
         warnings.warn(f"{path}: {warning}", stacklevel=2)
     try:
@@ -87,6 +98,27 @@ def _given(prior: ScorePrior, context: str, metadata: Mapping[str, Any]) -> Scor
         raise ValueError(f"context must be one of {list(contexts)} of this prior, got {context!r}")
     dtype = prior.flow.moments.mean.dtype
     return prior.with_context(jnp.asarray(contexts[context], dtype))
+
+
+def _check_expected(
+    name: str | os.PathLike[str], metadata: Mapping[str, Any], expect: Mapping[str, Any]
+) -> None:
+    for key, value in expect.items():
+        if key not in metadata:
+            raise ValueError(
+                f"expect asks for {key} = {value!r}, of which the metadata of the prior {name!s} "
+                f"say nothing, only {list(metadata)}: save it again with metadata={{{key!r}: ...}}"
+            )
+        if not _agrees(metadata[key], value):
+            raise ValueError(
+                f"expect asks for {key} = {value!r}, but the prior {name!s} was saved with "
+                f"{metadata[key]!r}: take another prior, or change what it is used with"
+            )
+
+
+def _agrees(stored: Any, value: Any) -> bool:
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (stored, value))
+    return math.isclose(stored, value, rel_tol=1e-6) if numbers else stored == value
 
 
 def load_metadata(path_or_name: str | os.PathLike[str]) -> dict[str, Any]:

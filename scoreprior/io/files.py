@@ -184,12 +184,12 @@ def _same(read: Mapping[str, np.ndarray], written: Mapping[str, np.ndarray]) -> 
     return read.keys() == written.keys() and all(equal(read[n], written[n]) for n in written)
 
 
-def plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """`metadata` as JSON gives it back; `TypeError` where it is not JSON."""
+def plain(metadata: Mapping[str, Any], name: str = "metadata") -> dict[str, Any]:
+    """`metadata` as JSON gives it back; `TypeError`, naming `name`, where it is not JSON."""
     try:
         return json.loads(json.dumps(dict(metadata), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"metadata must be plain JSON, got {metadata!r} ({error})") from error
+        raise TypeError(f"{name} must be plain JSON, got {metadata!r} ({error})") from error
 
 
 def warn_if_rounded(arrays: Mapping[str, np.ndarray]) -> str | None:

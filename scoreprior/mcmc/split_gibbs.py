@@ -2,7 +2,7 @@
 
 Written for an event `x` under the prior, a noisy copy `z = x + rho n`, and the other latent sites
 `theta`. Given `z` the three parts of the model come apart: the data and `theta` see `z` alone, and
-`x` is a denoising problem, whatever the prior.
+`x` is a denoising problem, whatever the prior, as far as the denoiser is that of a law.
 """
 
 import math
@@ -63,8 +63,14 @@ class SplitGibbs(AbstractChains):
 
     `z` given `x` and `theta`, Gaussian and exact; `theta` given `z`, by `num_nuts_steps` steps of
     NUTS; `x` given `z`, by the reverse SDE from noise level `rho` down, in `num_steps` steps of
-    `HalfNoise`. That is exact for any prior, but for the error of the steps, of second order. In
-    the warm-up `rho` falls, as `max(rho_min, rho_max decay^k)` in sweep `k`, and NUTS is tuned.
+    `HalfNoise`. For an exact denoiser, of any prior, that is exact but for the error of the steps,
+    of second order. In the warm-up `rho` falls, as `max(rho_min, rho_max decay^k)` in sweep `k`,
+    and NUTS is tuned.
+
+    A trained network is the denoiser of no law exactly: the prior is then the law that noise up to
+    `rho` and the SDE down leave as it is, and not that of the flow, which `NUTS` has. The
+    difference is measured in "One network, several laws" of the page
+    [Imaging](../imaging.md#the-instrument-too).
 
     **What it targets.** Under `pi`, `z` and `theta` have *exactly* the posterior that they have if
     `N(0, rho^2 I)` is added to the prior. Two uses follow.

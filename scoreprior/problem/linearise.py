@@ -5,7 +5,8 @@ An observed `Normal` or `MultivariateNormal` site with mean `f(x)` is read as
     y = A x + e,    e ~ N(0, cov_y),    A = df/dx at x_0,    y = data - f(x_0) + A x_0,
 
 exact when `f` is affine. Masked entries carry no information: their rows of `A` and entries of `y`
-are zero.
+are zero. A `ComplexNormal` site is read as that of twice as many real data, its real and imaginary
+parts on a last axis [*y, 2], which are independent and have one standard deviation.
 """
 
 from functools import singledispatch
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from scoreprior._typing import Event, Key
 from scoreprior.gaussian import Moments
+from scoreprior.likelihood import ComplexNormal
 from scoreprior.observation import AbstractObservation
 from scoreprior.problem.sites import is_one, peel
 
@@ -27,8 +29,9 @@ class Observation(AbstractObservation):
     """`y = A x + N(0, cov_y)`, as seen from the point `x_0` of prior site `prior` of a `problem`.
 
     `data` [*y] are the data, 0 where masked; `y` [*y] the same less the affine offset; `noise` is
-    `N(0, cov_y)` as `Moments`, diagonal for a `Normal` site and dense otherwise; `mask` [*y] is
-    true where there are data. Where the noise depends on `x`, it is taken at `x_0`.
+    `N(0, cov_y)` as `Moments`, dense for multivariate sites and diagonal otherwise; `mask` [*y] is
+    true where there are data. Where the noise depends on `x`, it is taken at `x_0`. For complex
+    data [*y] stands for [*y, 2].
     """
 
     problem: Any
@@ -91,8 +94,16 @@ def observe(problem: Any, values: dict[str, Array], site: str, prior: str) -> Ob
         )
     base, mask = peel(message["fn"])
     loc, covariance = _gaussian(base, site)
-    data = jnp.asarray(message["value"], loc.dtype)
+    data = jnp.asarray(message["value"])
     mask = jnp.broadcast_to(jnp.asarray(mask), data.shape)
+    if isinstance(base, ComplexNormal):
+        data, mask = _real_imag(data), jnp.stack([mask, mask], -1)
+    elif jnp.iscomplexobj(data):
+        raise ValueError(
+            f"observed site {site!r} has complex data, but its distribution, "
+            f"{type(base).__name__}, is one of real numbers: take likelihood.ComplexNormal"
+        )
+    data = jnp.asarray(data, loc.dtype)
     zero = jnp.zeros(data.shape, data.dtype)
     noise = covariance(zero)
     data = jnp.where(mask, data, 0.0)
@@ -116,8 +127,8 @@ def _gaussian(distribution: Any, site: str) -> tuple[Array, Any]:
     """Mean of a Gaussian site, and a function from a zero of the shape of the data to the noise."""
     raise ValueError(
         f"observed site {site!r} cannot be linearised: its distribution is "
-        f"{type(distribution).__name__}, expected Normal or MultivariateNormal; its log density "
-        "and gradient are in Problem.log_likelihood"
+        f"{type(distribution).__name__}, expected Normal, MultivariateNormal or ComplexNormal; its "
+        "log density and gradient are in Problem.log_likelihood"
     )
 
 
@@ -125,6 +136,14 @@ def _gaussian(distribution: Any, site: str) -> tuple[Array, Any]:
 def _(distribution: dist.Normal, site: str) -> tuple[Array, Any]:
     scale = distribution.scale
     return distribution.loc, lambda zero: Moments(zero, jnp.broadcast_to(scale**2, zero.shape))
+
+
+@_gaussian.register
+def _(distribution: ComplexNormal, site: str) -> tuple[Array, Any]:
+    variance = distribution.scale[..., None] ** 2
+    return _real_imag(distribution.loc), lambda zero: Moments(
+        zero, jnp.broadcast_to(variance, zero.shape)
+    )
 
 
 @_gaussian.register(dist.MultivariateNormal)
@@ -137,3 +156,8 @@ def _(distribution: Any, site: str) -> tuple[Array, Any]:
         return Moments.dense(zero, jax.scipy.linalg.block_diag(*blocks))
 
     return distribution.loc, noise
+
+
+def _real_imag(z: Array) -> Float[Array, "*z 2"]:
+    """Real and imaginary part on a last axis, before which shapes broadcast as those of `z`."""
+    return jnp.stack([jnp.real(z), jnp.imag(z)], -1)
