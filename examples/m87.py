@@ -164,12 +164,11 @@ def gain_problem(prior: sp.ScorePrior, data: Data) -> sp.Problem:
 
 def load_prior(context: str | None = None) -> sp.ScorePrior:
     """The prior of radio sources, of all or of one kind, with fewer solver steps."""
-    prior = sp.load("radio", context=context)
-    size = sp.load_metadata("radio")["pixel_micro_arcseconds"]
-    if prior.event_shape != (NUM_PIXELS, NUM_PIXELS) or size != PIXEL:
+    scale = {"pixel_micro_arcseconds": PIXEL}
+    prior = sp.load("radio", context=context, expect=scale)
+    if prior.event_shape != (NUM_PIXELS, NUM_PIXELS):
         raise ValueError(
-            f"the prior must be of {NUM_PIXELS} x {NUM_PIXELS} pixels of {PIXEL} "
-            f"micro-arcseconds, got {prior.event_shape} and {size}"
+            f"the prior must be of {NUM_PIXELS} x {NUM_PIXELS} pixels, got {prior.event_shape}"
         )
     flow = prior.flow
     solver = dataclasses.replace(flow.solver, num_steps=NUM_STEPS)
