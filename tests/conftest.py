@@ -3,7 +3,9 @@
 Double precision, so that a tolerance measures the method and not the rounding; rank promotion is an
 error, so that no shape is guessed; two host devices, so that parallel chains can be tried anywhere.
 Most of the time goes into compiling programs that run once: XLA does it without optimising, in
-half the time. Compiled programs are kept in `.jax_cache/`, for the next run.
+half the time. Compiled programs are kept in `.jax_cache/`, for the next run. Where there are as
+many workers as cores each keeps to one, as threads of one that wait for a core of the other's
+make both slow.
 """
 
 import os
@@ -14,6 +16,12 @@ import pytest
 
 FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+
+worker, num_workers = (os.environ.get(f"PYTEST_XDIST_WORKER{x}", "") for x in ("", "_COUNT"))
+if worker and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    if int(num_workers) >= len(cores):
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 import jax  # noqa: E402  (the flags are read when JAX starts)
 import jaxtyping  # noqa: E402
