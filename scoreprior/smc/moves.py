@@ -105,7 +105,7 @@ class HMCMoves(AbstractMoves):
         if not self.dense_mass:
             return 1 / variances
         shrinkage = size / (n + size)
-        whitened = gradients / jnp.sqrt(n * variances)
+        whitened = gradients / jnp.sqrt(n * variances)[None]
         _, singular, axes = jnp.linalg.svd(whitened, full_matrices=False)
         inverses = shrinkage / (shrinkage + (1 - shrinkage) * singular**2)
         return LowRankInverseMassMatrix((shrinkage * variances) ** -0.5, axes.T, inverses)
