@@ -94,9 +94,11 @@ class Flow(eqx.Module):
 
     def velocity(self, sigma: Sigma, u: Event) -> Event:
         """`du/dsigma` at whitened `u`."""
-        x = self.moments.colour(u, sigma)
-        residual = self.moments.basis.analyse(self._residual(x, sigma))
-        return -residual / (self.moments.scales(sigma) * sigma)
+        law, scales = self.moments, self.moments.scales(sigma)
+        denoised = self.denoiser(law.colour(u, sigma), sigma)
+        # The Gaussian's denoiser is diagonal here: two products with the basis instead of four.
+        residual = law.basis.analyse(denoised - law.mean) - law.eigenvalues / scales * u
+        return -residual / (scales * sigma)
 
     def _residual(self, x: Event, sigma: Sigma) -> Event:
         return self.denoiser(x, sigma) - self.moments.denoise(x, sigma)

@@ -10,6 +10,7 @@ Gaussian; `denoise.Gaussian` is the denoiser for data that are.
 """
 
 from abc import abstractmethod
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -96,6 +97,37 @@ class KroneckerBasis(AbstractBasis):
         return coefficients
 
 
+class HouseholderBasis(AbstractBasis):
+    """`R = I - V T V'`, the product of `r` reflections of the flattened event.
+
+    Its first `r` columns are any that one wants, and what the others are does not matter where
+    their eigenvalues are equal: the basis of a low-rank covariance, at 4 r products per entry of an
+    event instead of the square of its size (Schreiber & Van Loan, SIAM J. Sci. Stat. Comput. 10,
+    1989). Build one with `along`.
+
+    **Arguments:** `vectors` `V` [size, r], `triangle` `T` [r, r].
+    """
+
+    vectors: Float[Array, "size r"] = eqx.field(converter=jnp.asarray)
+    triangle: Float[Array, "r r"] = eqx.field(converter=jnp.asarray)
+
+    @classmethod
+    def along(cls, columns: Float[Array, "size r"]) -> "HouseholderBasis":
+        """With orthonormal `columns`, up to their signs, as the first of `R`."""
+        raw, tau = jnp.linalg.qr(columns, mode="raw")
+        vectors = jnp.tril(raw.T, -1) + jnp.eye(*columns.shape, dtype=raw.dtype)
+        products = jnp.triu(vectors.T @ vectors, 1)
+        identity = jnp.eye(len(tau), dtype=raw.dtype)
+        return cls(vectors, jnp.linalg.solve(identity + tau[:, None] * products, jnp.diag(tau)))
+
+    def analyse(self, x: Event) -> Event:
+        return x - (self.vectors @ ((x.ravel() @ self.vectors) @ self.triangle)).reshape(x.shape)
+
+    def synthesise(self, coefficients: Event) -> Event:
+        inner = self.triangle @ (coefficients.ravel() @ self.vectors)
+        return coefficients - (self.vectors @ inner).reshape(coefficients.shape)
+
+
 class Moments(eqx.Module):
     """Gaussian approximation `N(m, R diag(lam) R')` of data of shape `[*event]`.
 
@@ -130,17 +162,31 @@ class Moments(eqx.Module):
                 f"covariance must have shape {(mean.size, mean.size)} for events of shape "
                 f"{mean.shape}, got {covariance.shape}"
             )
-        values, vectors = jnp.linalg.eigh(covariance)
-        largest, eps = jnp.max(jnp.abs(values)), jnp.finfo(values.dtype).eps
-        asymmetry = jnp.max(jnp.abs(covariance - covariance.T))
-        if not is_traced(asymmetry) and not asymmetry <= jnp.sqrt(eps) * largest:
-            raise ValueError(
-                f"covariance must be symmetric, got entries that differ by {float(asymmetry):g} "
-                "from their mirror images"
-            )
-        is_rounding = jnp.abs(values) <= 10 * mean.size * eps * largest
-        values = jnp.where(is_rounding, jnp.maximum(values, 0), values)
+        values, vectors = _eigh(covariance)
         return cls(mean, values.reshape(mean.shape), Eigenbasis(vectors))
+
+    @classmethod
+    def low_rank(
+        cls, mean: Event, factor: Float[Array, "size r"], variance: float | Scalar
+    ) -> "Moments":
+        """`N(mean, W W' + variance I)` with `factor` `W` of fewer columns than rows.
+
+        In a `HouseholderBasis`: nothing of the square of the size is stored or computed.
+        """
+        mean, factor = jnp.asarray(mean), jnp.asarray(factor)
+        if factor.ndim != 2 or len(factor) != mean.size or factor.shape[1] >= mean.size:
+            raise ValueError(
+                f"factor must have {mean.size} rows and fewer columns for events of shape "
+                f"{mean.shape}, got shape {factor.shape}"
+            )
+        columns, values, _ = jnp.linalg.svd(factor, full_matrices=False)
+        return cls._along(mean, columns, values**2 + variance, variance)
+
+    @classmethod
+    def _along(cls, mean: Event, columns: Array, values: Array, rest: Any) -> "Moments":
+        """Eigenvalues `values` [r] along `columns` [size, r], and `rest` everywhere else."""
+        eigenvalues = jnp.full(mean.size, rest, values.dtype).at[: len(values)].set(values)
+        return cls(mean, eigenvalues.reshape(mean.shape), HouseholderBasis.along(columns))
 
     @classmethod
     def fit(cls, data: Float[Array, "n *event"], structure: "AbstractStructure") -> "Moments":
@@ -254,7 +300,8 @@ class LowRank(AbstractStructure):
 
     The maximum of the likelihood, in closed form: the `rank` largest eigenvalues of the sample
     covariance are kept, and the others replaced by their mean (Tipping & Bishop, J. R. Stat. Soc. B
-    61, 1999, eqs. 7 and 8).
+    61, 1999, eqs. 7 and 8). In a `HouseholderBasis`: with fewer data than entries of an event,
+    time and memory are linear in its size, so that it serves large images.
     """
 
     rank: int
@@ -264,16 +311,19 @@ class LowRank(AbstractStructure):
 
     def fit(self, data: Float[Array, "n *event"]) -> Moments:
         mean = data.mean(0)
-        if self.rank >= mean.size:
+        if self.rank >= min(mean.size, len(data)):
             raise ValueError(
-                f"rank must be below the size of an event, {mean.size}, got {self.rank}"
+                f"rank must be below the size of an event, {mean.size}, and the number of data, "
+                f"{len(data)}, got {self.rank}"
             )
         centred = (data - mean[None]).reshape(len(data), -1)
-        sample = Moments.dense(mean, centred.T @ centred / len(data))
-        values = sample.eigenvalues.ravel()  # in ascending order
-        rest = mean.size - self.rank
-        values = jnp.where(jnp.arange(mean.size) < rest, jnp.mean(values[:rest]), values)
-        return Moments(mean, values.reshape(mean.shape), sample.basis)
+        if len(data) < mean.size:
+            _, deviations, rows = jnp.linalg.svd(centred, full_matrices=False)
+            values, vectors = deviations[::-1] ** 2 / len(data), rows[::-1].T
+        else:
+            values, vectors = _eigh(centred.T @ centred / len(data))
+        rest = jnp.sum(values[: -self.rank]) / (mean.size - self.rank)
+        return Moments._along(mean, vectors[:, -self.rank :], values[-self.rank :], rest)
 
 
 class Fourier(AbstractStructure):
@@ -325,3 +375,17 @@ def _ledoit_wolf(centred: Array, sample: Array, target: Array) -> Array:
     spread = jnp.sum((sample - target) ** 2)
     noise = (jnp.mean(jnp.sum(centred**2, 1) ** 2) - jnp.sum(sample**2)) / n
     return jnp.where(spread > 0, jnp.minimum(noise, spread) / jnp.where(spread > 0, spread, 1), 0.0)
+
+
+def _eigh(covariance: Float[Array, "size size"]) -> tuple[Float[Array, " size"], Array]:
+    """Eigenvalues in ascending order, and vectors; those negative by rounding are zero."""
+    values, vectors = jnp.linalg.eigh(covariance)
+    largest, eps = jnp.max(jnp.abs(values)), jnp.finfo(values.dtype).eps
+    asymmetry = jnp.max(jnp.abs(covariance - covariance.T))
+    if not is_traced(asymmetry) and not asymmetry <= jnp.sqrt(eps) * largest:
+        raise ValueError(
+            f"covariance must be symmetric, got entries that differ by {float(asymmetry):g} "
+            "from their mirror images"
+        )
+    is_rounding = jnp.abs(values) <= 10 * len(values) * eps * largest
+    return jnp.where(is_rounding, jnp.maximum(values, 0), values), vectors

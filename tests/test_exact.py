@@ -58,6 +58,39 @@ def test_mixture_density_equals_the_sum_of_its_components():
     np.testing.assert_allclose(masses, jnp.exp(jnp.stack(parts) - total), rtol=1e-10)
 
 
+@pytest.mark.parametrize("sigma", [1e-3, 0.4, 30.0])
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        GaussianMixture.shared(WEIGHTS, 5.0 + MEANS, COVARIANCES[0]),
+        GaussianMixture.diagonal(WEIGHTS, 5.0 + MEANS, jnp.array([[0.2, 0.3], [0.4, 0.5]])),
+    ],
+    ids=["shared", "diagonal"],
+)
+def test_a_shared_covariance_is_that_of_every_component(mixture, sigma):
+    assert mixture.shared_covariance
+    one = Moments(MEANS[0], mixture.components.eigenvalues[0], mixture.components.basis)
+    covariance = jnp.broadcast_to(one.covariance(), (K, SIZE, SIZE))
+    full = GaussianMixture.full(WEIGHTS, mixture.components.mean, covariance)
+    x = 5.0 + (1 + sigma) * X
+    for name in ("log_responsibilities", "score", "__call__"):
+        found, expected = getattr(mixture, name)(x, sigma), getattr(full, name)(x, sigma)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10, err_msg=name)
+
+
+def test_responsibilities_far_from_the_origin_survive_single_precision():
+    """Two modes 160 standard deviations apart, a point where one has three times the mass."""
+    size, offset = 800, 1e3
+    step = jnp.full(size, 160 / size**0.5)
+    means = offset + jnp.stack([jnp.zeros(size), step])
+    mixture = GaussianMixture.diagonal(jnp.full(2, 0.5), means, 1.0)
+    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), mixture)
+    x = offset + (0.5 + jnp.log(3) / 160**2) * step
+    found = single.log_responsibilities(x.astype(jnp.float32), 0.0)
+    # The point itself is rounded to 3e-5, and 160 of it to half a hundredth.
+    np.testing.assert_allclose(jnp.exp(found), [0.25, 0.75], atol=0.02)
+
+
 @pytest.mark.parametrize("name", CONJUGATE)
 def test_posterior_and_evidence_satisfy_bayes_rule(name):
     denoiser = EXACT[name]

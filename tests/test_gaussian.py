@@ -11,13 +11,17 @@ from scoreprior.gaussian import (
     Diagonal,
     Fourier,
     HartleyBasis,
+    HouseholderBasis,
     Isotropic,
     KroneckerBasis,
+    LowRank,
     Moments,
     Separable,
 )
 
-STRUCTURES = [Isotropic(), Diagonal(), Dense(), Fourier(), Fourier(axes=(0,)), Separable()]
+STRUCTURES = [
+    *(Isotropic(), Diagonal(), Dense(), LowRank(3), Fourier(), Fourier(axes=(0,)), Separable()),
+]
 SHAPE = (3, 4)
 
 
@@ -129,6 +133,36 @@ def test_separable_moments_recover_a_kronecker_covariance(shape):
         assert (np.diff(variances, axis=axis) < 0).all()  # the largest first
 
 
+def test_householder_basis_is_orthonormal_with_the_columns_asked_for():
+    # The first column is one of the standard basis, for which the reflection is the identity.
+    rest = jax.random.normal(jax.random.key(0), (12, 3)).at[0].set(0)
+    columns = jnp.concatenate([jnp.eye(12, 1), jnp.linalg.qr(rest)[0]], 1)
+    basis = HouseholderBasis.along(columns)
+    identity = jnp.eye(12).reshape(12, *SHAPE)
+    matrix = jax.vmap(basis.synthesise)(identity).reshape(12, 12).T
+    np.testing.assert_allclose(matrix.T @ matrix, jnp.eye(12), atol=1e-13)
+    np.testing.assert_allclose(jnp.abs(columns.T @ matrix), jnp.eye(4, 12), atol=1e-13)
+    analysed = jax.vmap(basis.analyse)(identity).reshape(12, 12).T
+    np.testing.assert_allclose(analysed, matrix.T, atol=1e-13)
+
+
+@pytest.mark.parametrize("rank", [3, 5], ids=["full column rank", "two columns too many"])
+def test_low_rank_moments_have_the_stated_covariance(rank):
+    factor = jax.random.normal(jax.random.key(1), (12, 3)) @ jnp.eye(3, rank)
+    law = Moments.low_rank(jnp.zeros(SHAPE), factor, 0.3)
+    np.testing.assert_allclose(law.covariance(), factor @ factor.T + 0.3 * jnp.eye(12), atol=1e-12)
+
+
+def test_low_rank_of_few_data_is_that_of_their_covariance():
+    data = images(8)
+    dense = Moments.fit(data, Dense(shrinkage=0.0))
+    values, vectors = np.linalg.eigh(np.asarray(dense.covariance()))
+    top = vectors[:, -2:]
+    rest = values[:-2].mean()
+    expected = (top * (values[-2:] - rest)) @ top.T + rest * np.eye(12)
+    np.testing.assert_allclose(Moments.fit(data, LowRank(2)).covariance(), expected, atol=1e-10)
+
+
 def test_singular_covariances_keep_their_rank():
     factor = jax.random.normal(jax.random.key(0), (30, 3))
     law = Moments.dense(jnp.zeros(30), factor @ factor.T)
@@ -153,6 +187,14 @@ def test_singular_covariances_keep_their_rank():
             r"covariance must be symmetric, got entries that differ by 0.3",
         ),
         (lambda: Moments.dense(jnp.zeros(3), jnp.eye(2)), r"covariance must have shape \(3, 3\)"),
+        (
+            lambda: Moments.low_rank(jnp.zeros(3), jnp.ones((3, 3)), 1.0),
+            r"factor must have 3 rows and fewer columns .* got shape \(3, 3\)",
+        ),
+        (
+            lambda: Moments.fit(images(4), LowRank(4)),
+            r"rank must be below the size of an event, 12, and the number of data, 4, got 4",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -21,6 +21,7 @@ from scoreprior.denoise import (
     Calibrated,
     Conditioned,
     Gaussian,
+    GaussianMixture,
     NoisePrediction,
     Rescaled,
     Smoothed,
@@ -167,6 +168,16 @@ def test_strided_arrays_come_back(tmp_path):
     sp.save(tmp_path / "prior", prior)
     again = sp.load(tmp_path / "prior")
     assert jnp.array_equal(again.flow.moments.basis.vectors, vectors.T)
+
+
+def test_a_file_from_before_an_optional_field_is_read(tmp_path):
+    means = jnp.array([[-1.0, 0.0], [2.0, 1.0]])
+    clean = GaussianMixture.diagonal(jnp.array([0.4, 0.6]), means, 0.2)
+    sp.save(tmp_path / "prior", flow(clean))
+    edit(tmp_path / "prior", lambda c: c["prior"]["flow"]["denoiser"].pop("shared_covariance"))
+    again = sp.load(tmp_path / "prior").flow.denoiser
+    assert not again.shared_covariance
+    np.testing.assert_allclose(again(means[0], 0.3), clean(means[0], 0.3), rtol=1e-6)
 
 
 def test_the_digits_prior_is_the_one_documented():

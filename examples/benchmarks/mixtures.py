@@ -16,7 +16,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
-from scoreprior import FixedGrid, Flow, Problem, ScorePrior
+from scoreprior import FixedGrid, Flow, Moments, Problem, ScorePrior
 from scoreprior.denoise import GaussianMixture
 from scoreprior.flow import ArctanTime
 
@@ -177,7 +177,16 @@ def problems(
     # Steps are spent where modes separate, at a quarter of their distance.
     distances = np.linalg.norm(means[:, None] - means[None], axis=-1)
     solver = FixedGrid(12, ArctanTime(float(distances[distances > 0].min()) / 4))
-    prior = ScorePrior(Flow(clean, clean.moments(), sigma_min=float(sigma_min), solver=solver))
+    mean = weights @ means
+    offsets = np.sqrt(weights)[:, None] * (means - mean)
+    _, values, rows = np.linalg.svd(offsets, full_matrices=False)
+    factor = (values[:, None] * rows)[values > 1e-6 * values.max()].T
+    moments = Moments.low_rank(
+        jnp.asarray(mean, jnp.float32),
+        jnp.asarray(factor, jnp.float32),
+        float(variance - sigma_min**2),
+    )
+    prior = ScorePrior(Flow(clean, moments, sigma_min=float(sigma_min), solver=solver))
 
     def model(A, y, sigma_y):
         x = watch(numpyro.sample("x", prior))

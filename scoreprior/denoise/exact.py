@@ -85,12 +85,15 @@ class GaussianMixture(AbstractExact):
     """Data with law `sum_k w_k N(m_k, C_k)`; build with `shared`, `diagonal` or `full`.
 
     `log_weights` [K]; `components`, `Moments` whose mean and eigenvalues carry a leading axis K
-    and whose basis does too, unless the components share it (`StandardBasis`, `shared`).
+    and whose basis does too, unless the components share it (`StandardBasis`, `shared`). Where they
+    share the whole covariance (`shared`, and `diagonal` with one set of variances), what an
+    evaluation costs is two products with the means, K times the size of an event.
     """
 
     log_weights: Float[Array, " K"]
     components: Moments
     shared_basis: bool = eqx.field(static=True)
+    shared_covariance: bool = eqx.field(static=True, default=False)
 
     @classmethod
     def shared(
@@ -103,7 +106,7 @@ class GaussianMixture(AbstractExact):
         log_weights, means = _check_mixture(weights, means)
         law = Moments.dense(means[0], covariance)
         values = jnp.broadcast_to(law.eigenvalues, means.shape)
-        return cls(log_weights, Moments(means, values, law.basis), True)
+        return cls(log_weights, Moments(means, values, law.basis), True, True)
 
     @classmethod
     def diagonal(
@@ -117,8 +120,9 @@ class GaussianMixture(AbstractExact):
         variances = jnp.asarray(variances, means.dtype)
         if variances.ndim < means.ndim:
             variances = variances.reshape((1,) * (means.ndim - variances.ndim) + variances.shape)
+        is_shared = variances.shape[0] == 1
         variances = jnp.broadcast_to(variances, means.shape)
-        return cls(log_weights, Moments(means, variances, StandardBasis()), True)
+        return cls(log_weights, Moments(means, variances, StandardBasis()), True, is_shared)
 
     @classmethod
     def full(
@@ -146,16 +150,40 @@ class GaussianMixture(AbstractExact):
 
     def log_responsibilities(self, x: Event, sigma: Sigma = 0.0) -> Float[Array, " K"]:
         """`log P(component | x_t = x)`."""
-        joint = self.log_weights + self._each(Moments.log_prob, x, sigma)
+        if self.shared_covariance:
+            # The square of x - m_k without that of x, which is the same for all.
+            law, offsets = self._centred()
+            precise = offsets / (law.eigenvalues + sigma**2)[None]
+            products = jnp.tensordot(precise, law.basis.analyse(x - law.mean), x.ndim)
+            squares = jnp.sum((precise * offsets).reshape(len(offsets), -1), 1)
+            joint = self.log_weights + products - 0.5 * squares
+        else:
+            joint = self.log_weights + self._each(Moments.log_prob, x, sigma)
         return joint - logsumexp(joint)
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         responsibilities = jnp.exp(self.log_responsibilities(x, sigma))
+        if self.shared_covariance:
+            return self._mixed(responsibilities).denoise(x, sigma)
         return jnp.tensordot(responsibilities, self._each(Moments.denoise, x, sigma), 1)
 
     def score(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         responsibilities = jnp.exp(self.log_responsibilities(x, sigma))
+        if self.shared_covariance:
+            return _gaussian_score(self._mixed(responsibilities), x, sigma)
         return jnp.tensordot(responsibilities, self._each(_gaussian_score, x, sigma), 1)
+
+    def _mixed(self, responsibilities: Float[Array, " K"]) -> Moments:
+        """The shared covariance around the mean of the components with these weights."""
+        mean = jnp.tensordot(responsibilities, self.components.mean, 1)
+        return Moments(mean, self.components.eigenvalues[0], self.components.basis)
+
+    def _centred(self) -> tuple[Moments, Float[Array, "K *event"]]:
+        """The shared covariance in the middle of all means, and their coefficients from there."""
+        means = self.components.mean
+        middle = jnp.mean(means, 0)
+        law = Moments(middle, self.components.eigenvalues[0], self.components.basis)
+        return law, jax.vmap(law.basis.analyse)(means - middle[None])
 
     def log_prob(self, x: Event, sigma: Sigma = 0.0) -> Scalar:
         return logsumexp(self.log_weights + self._each(Moments.log_prob, x, sigma))

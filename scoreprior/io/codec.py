@@ -30,8 +30,8 @@ PARTS = (
     *(density.Exact, density.Hutchinson, density.ScoreGradient),
     *(flow.Adaptive, flow.FixedGrid, flow.Flow, flow.Multistep, flow.RungeKutta),
     *(flow.ArctanTime, flow.LogRatioTime, flow.LogTime, flow.PowerTime),
-    *(gaussian.Eigenbasis, gaussian.HartleyBasis, gaussian.KroneckerBasis, gaussian.Moments),
-    gaussian.StandardBasis,
+    *(gaussian.Eigenbasis, gaussian.HartleyBasis, gaussian.HouseholderBasis),
+    *(gaussian.KroneckerBasis, gaussian.Moments, gaussian.StandardBasis),
 )
 """What can be saved: classes whose constructor takes their fields."""
 
@@ -115,11 +115,10 @@ def _decode(config: Any, arrays: Mapping[str, np.ndarray], path: str, used: set[
             f"{path} is of kind {config.get('kind')!r}, which this version of scoreprior does not "
             "know"
         )
-    if wrong := sorted((config.keys() - {"kind"}) ^ set(_field_names(part))):
+    names = config.keys() - {"kind"}
+    if wrong := sorted((names ^ set(_field_names(part))) - _optional(part)):
         raise ValueError(f"{path}, a {part.__name__}, has a missing or unknown key {wrong[0]!r}")
-    fields = {
-        name: _decode(config[name], arrays, f"{path}.{name}", used) for name in _field_names(part)
-    }
+    fields = {name: _decode(config[name], arrays, f"{path}.{name}", used) for name in names}
     try:
         return part(**fields)
     except (TypeError, ValueError, AttributeError) as error:
@@ -155,6 +154,15 @@ def _field_names(part: Any) -> tuple[str, ...]:
     if dataclasses.is_dataclass(part):
         return tuple(field.name for field in dataclasses.fields(part))
     return part._fields
+
+
+def _optional(part: Any) -> set[str]:
+    """Fields with a default, which a file from before they existed lacks."""
+    if not dataclasses.is_dataclass(part):
+        return set(part._field_defaults)
+    return {
+        field.name for field in dataclasses.fields(part) if field.default is not dataclasses.MISSING
+    }
 
 
 def _template(config: Any) -> PyTree[Any]:
