@@ -13,8 +13,8 @@ import oracles
 from oracles import A_M, COV_M, GAUSSIAN, MIXTURE, Y_G, Y_M
 from scoreprior.denoise import GaussianMixture
 from scoreprior.smc import HMCMoves, RandomWalkMoves, TemperedSMC
-from scoreprior.smc.step import Cloud, _autocorrelation, next_temperature
-from stats import assert_mean_of_groups
+from scoreprior.smc.step import Cloud, Rule, _autocorrelation, move, next_temperature
+from stats import assert_mean, assert_mean_of_groups
 from two_priors import (
     PRIOR_M,
     SHORT,
@@ -88,6 +88,27 @@ def test_mass_matrix_is_the_shrunk_second_moment_of_the_gradients(num_particles)
     moment = gradients.T @ gradients / num_particles
     mass = (1 - shrinkage) * moment + shrinkage * np.diag(np.diag(moment))
     np.testing.assert_allclose(inverse @ mass, np.eye(size), atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "num_particles", "size", "step_size"),
+    [(HMCMoves(3), 32, 16, 0.5), (RandomWalkMoves(), 15, 8, 0.7)],
+    ids=["HMC", "random walk, an odd number"],
+)
+def test_moves_tuned_on_a_small_cloud_leave_its_law_alone(kernel, num_particles, size, step_size):
+    """Scales measured on the particles that they move shrink these clouds by 1 and 2 %."""
+    rule = Rule(kernel, 0.9, -1.0, 6, None)
+
+    def square(key):
+        key_start, key_moves = jax.random.split(key)
+        start = {"x": jax.random.normal(key_start, (num_particles, size))}
+        log_density = lambda position: -0.5 * jnp.sum(position["x"] ** 2)
+        first, idle = jnp.asarray(step_size), jnp.asarray(False)
+        moved = move(rule, log_density, start, first, idle, key_moves)
+        return jnp.mean(moved.particles.position["x"] ** 2)
+
+    keys = jax.random.split(jax.random.key(0), 8000)
+    assert_mean(jax.lax.map(square, keys, batch_size=500)[:, None], 1.0, bias=0.11)
 
 
 def test_single_precision():

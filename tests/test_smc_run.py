@@ -292,7 +292,7 @@ def test_the_centred_form_needs_a_density():
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
     [
-        ({"num_particles": 1}, ValueError, "num_particles must be at least 2, got 1"),
+        ({"num_particles": 1}, ValueError, "num_particles must be at least 4, got 1"),
         ({"num_particles": 10.0}, TypeError, "num_particles must be an int, got 10.0"),
         ({"num_groups": 0}, ValueError, "num_groups must be at least 1, got 0"),
         ({"max_moves": 1}, ValueError, "max_moves must be at least 2, got 1"),

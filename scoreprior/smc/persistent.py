@@ -79,7 +79,7 @@ class PersistentSMC(eqx.Module):
     batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __check_init__(self):
-        check_count("num_particles", self.num_particles, least=2)
+        check_count("num_particles", self.num_particles, least=4)
         check_count("num_groups", self.num_groups)
         check_count("num_samples", self.num_samples)
         check_count("max_moves", self.max_moves, least=2)

@@ -159,20 +159,34 @@ def move(
 ) -> Moved:
     """Move all particles until they have forgotten where they started, or `max_moves` times.
 
+    Each half of the cloud moves by the scales of the other half: a kernel tuned on the particle
+    that it moves does not leave `logdensity_fn` invariant. Copies that resampling made of one
+    particle are neighbours, so that hardly any has a copy in the other half.
+
     With `num_ancestors`, all states on the way are kept in `trail`. The step size follows
     `log step_size += acceptance - target_accept` after every move.
     """
     kernel, num_particles = rule.kernel, len(jax.tree.leaves(position)[0])
     started = flatten(position)
+    # The last of an odd number of particles is moved twice, and counts once.
+    index = jnp.minimum(jnp.arange(num_particles + num_particles % 2), num_particles - 1)
+    halves = index.reshape(2, -1)
 
     def body(state: Moved) -> Moved:
         keys = jax.random.split(jax.random.fold_in(key, state.num_moves), num_particles)
 
-        def one(inputs: Any) -> Any:
-            key, particle = inputs
-            return kernel.step(key, particle, logdensity_fn, state.step_size, scales)
+        def half(scales: Any, inputs: Any) -> Any:
+            def one(inputs: Any) -> Any:
+                key, particle = inputs
+                return kernel.step(key, particle, logdensity_fn, state.step_size, scales)
 
-        particles, accepted = over(one, rule.batch_size)((keys, state.particles))
+            return over(one, rule.batch_size)(inputs)
+
+        inputs = jax.tree.map(lambda leaf: leaf[halves], (keys, state.particles))
+        particles, accepted = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_particles],
+            jax.vmap(half)(scales, inputs),
+        )
         diverging = jnp.isnan(accepted)
         acceptance = jnp.mean(jnp.where(diverging, 0, accepted))
         count = state.num_moves + 1
@@ -195,7 +209,8 @@ def move(
 
     size = started.shape[1]
     particles = over(lambda p: kernel.init(p, logdensity_fn), rule.batch_size)(position)
-    scales = kernel.scales(particles)
+    own = jax.vmap(kernel.scales)(jax.tree.map(lambda leaf: leaf[halves], particles))
+    scales = jax.tree.map(lambda leaf: leaf[::-1], own)
     nothing = jnp.zeros((rule.max_moves + 1, size), started.dtype)
     one, nan = jnp.ones_like(step_size), jnp.full_like(step_size, jnp.nan)
     trail = None

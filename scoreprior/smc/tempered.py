@@ -50,12 +50,14 @@ class TemperedSMC(eqx.Module):
 
     **Tuning** is by the cloud itself, for each group alone. The next temperature is that at which
     the effective sample size falls to `target_ess`. The kernel measures its scales on the resampled
-    cloud; its step size goes on from temperature to temperature and is corrected after every move
-    by `log step += acceptance - target`. Moves end when the autocorrelation with the start, within
-    modes and as a mean over coordinates, is at most `max_autocorrelation`, or after `max_moves`.
-    Each move leaves its target invariant, but settings that depend on the cloud make the evidence
-    consistent in the number of particles rather than exactly unbiased (Beskos, Jasra, Kantas &
-    Thiery 2016, "On the convergence of adaptive sequential Monte Carlo methods").
+    cloud, for each half of it on the other half, since a kernel whose scales depend on the particle
+    that it moves does not leave its target invariant; its step size goes on from temperature to
+    temperature and is corrected after every move by `log step += acceptance - target`. Moves end
+    when the autocorrelation with the start, within modes and as a mean over coordinates, is at most
+    `max_autocorrelation`, or after `max_moves`. Each move leaves its target invariant, but settings
+    that depend on the cloud make the evidence consistent in the number of particles rather than
+    exactly unbiased (Beskos, Jasra, Kantas & Thiery 2016, "On the convergence of adaptive
+    sequential Monte Carlo methods").
 
     **Waste-free** (Dau & Chopin 2022, algorithm 2), with `num_ancestors = M` of `N` particles: only
     `M` are resampled, each is moved `N / M - 1` times, and all states on the way are the next
@@ -82,7 +84,7 @@ class TemperedSMC(eqx.Module):
     batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __check_init__(self):
-        check_count("num_particles", self.num_particles, least=2)
+        check_count("num_particles", self.num_particles, least=4)
         check_count("num_groups", self.num_groups)
         check_count("max_moves", self.max_moves, least=2)
         check_count("max_temperatures", self.max_temperatures)

@@ -4,6 +4,7 @@ from scoreprior.vi.bounds import ELBO, IWELBO, AbstractBound
 from scoreprior.vi.engine import VI
 from scoreprior.vi.fitted import FittedGuide
 from scoreprior.vi.guides import IAF, AbstractGuide, FullRank, LowRank, MeanField
+from scoreprior.vi.natural import NaturalGradient
 from scoreprior.vi.pathfinder import Pathfinder
 from scoreprior.vi.paths import Paths
 from scoreprior.vi.red import REDDiff
@@ -19,6 +20,7 @@ __all__ = [
     "FullRank",
     "LowRank",
     "MeanField",
+    "NaturalGradient",
     "Pathfinder",
     "Paths",
     "REDDiff",
