@@ -23,7 +23,7 @@ import numpyro.distributions as dist
 
 import scoreprior as sp
 from scoreprior.denoise import GaussianMixture
-from scoreprior.vi import IAF, FullRank, LowRank, MeanField
+from scoreprior.vi import IAF, FullRank, LowRank, MeanField, NaturalGradient
 
 SIZE, SIGMA_MIN, SPREAD, NOISE = 8, 0.1, 0.5, 0.3
 
@@ -71,6 +71,7 @@ ENGINES = {
     "MeanField": Entry(sp.VI(MeanField(), 1000), 0.15, 0.2),
     "LowRank": Entry(sp.VI(LowRank(4), 1000), 0.15, 0.15),
     "FullRank": Entry(sp.VI(FullRank(), 1000), 0.15, 0.15),
+    "NaturalGradient": Entry(sp.VI(FullRank(1.0), 60, optimizer=NaturalGradient()), 0.15, 0.15),
     "IAF": Entry(sp.VI(IAF(), 1000), 0.15, 0.15),
     "Pathfinder": Entry(sp.Pathfinder(), 0.2, 0.15),
     "REDDiff": Entry(sp.REDDiff(0.25), 0.6),

@@ -39,11 +39,9 @@ import scoreprior as sp
 from scoreprior import FixedGrid, Flow, Moments, Problem, ScorePrior
 from scoreprior.denoise import Gaussian
 from scoreprior.guide import TMPD
-from scoreprior.smc import HMCMoves
-from scoreprior.vi import IAF, FullRank, LowRank, MeanField
+from scoreprior.vi import IAF, FullRank, LowRank, MeanField, NaturalGradient
 
 NUM_DRAWS = 1000
-SHORT_MOVES: dict[str, Any] = {"kernel": HMCMoves(3), "max_autocorrelation": 0.5}
 REFERENCE = sp.NUTS(300, 500)
 
 
@@ -82,14 +80,15 @@ ENGINES: dict[str, Callable[[float], Any]] = {
     "AnnealedLangevin": lambda _: sp.AnnealedLangevin(1000),
     "DAPS": lambda _: sp.DAPS(1000),
     "SplitGibbs": lambda _: sp.SplitGibbs(num_samples=500),
-    "TemperedSMC": lambda _: sp.TemperedSMC(250, **SHORT_MOVES),
-    "PersistentSMC": lambda _: sp.PersistentSMC(250, **SHORT_MOVES),
+    "TemperedSMC": lambda _: sp.TemperedSMC(250),
+    "PersistentSMC": lambda _: sp.PersistentSMC(250),
     "FeynmanKac": lambda _: sp.FeynmanKac(TMPD(), 250),
     "Guided, TMPD": lambda _: sp.Guided(TMPD()),
     "NestedSampling": lambda _: sp.NestedSampling(250),
     "VI, MeanField": lambda _: sp.VI(MeanField(), 1000),
     "VI, LowRank(8)": lambda _: sp.VI(LowRank(8), 1000),
     "VI, FullRank": lambda _: sp.VI(FullRank(), 1000),
+    "VI, natural": lambda _: sp.VI(FullRank(1.0), 60, optimizer=NaturalGradient()),
     "VI, IAF": lambda _: sp.VI(IAF(), 1000, optimizer=optax.adam(3e-3)),
     "Pathfinder": lambda _: sp.Pathfinder(),
     "REDDiff": lambda _: sp.REDDiff(0.25),
@@ -97,7 +96,10 @@ ENGINES: dict[str, Callable[[float], Any]] = {
 """Engines by name, for a posterior whose smallest variance is given."""
 
 SKIPPED = {
-    "field": ("RandomWalk", "Slice", "NestedSampling", "SGLD", "SGHMC", "SVGD", "VI, FullRank"),
+    "field": (
+        *("RandomWalk", "Slice", "NestedSampling", "SGLD", "SGHMC", "SVGD"),
+        *("VI, FullRank", "VI, natural"),
+    ),
     "digit": ("RandomWalk", "Slice", "NestedSampling"),
 }
 """What is hopeless there by its own documentation, or does not fit in memory."""

@@ -68,7 +68,7 @@ class NaturalGradient(eqx.Module):
         """
         normal = _Normal.of(state.params)
         size = len(normal.loc)
-        half = jax.random.normal(key, ((num_particles + 1) // 2, size), normal.loc.dtype)
+        half = jax.random.normal(key, (num_particles // 2, size), normal.loc.dtype)
         noise = jnp.concatenate([half, -half])
 
         def log_density(normal: _Normal, e: Array) -> Scalar:
