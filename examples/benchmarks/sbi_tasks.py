@@ -26,6 +26,7 @@ os.environ.setdefault("EQX_ON_ERROR", "nan")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from common import Progress, arguments, show, write
 
 from scoreprior import check, sbi
@@ -53,6 +54,22 @@ PUBLISHED = {  # at 10,000 simulations: NPE, NPSE, Simformer, GenSBI
 }
 
 
+def simulate(name: str, simulator: Any, key: jax.Array, theta: jax.Array) -> jax.Array:
+    """Data [n, *x] of `theta` [n, size]; those of lotka_volterra that cannot be solved are NaN."""
+    if name != "lotka_volterra":
+        return jnp.asarray(simulator(key, theta))
+
+    # Its solver gives up on a whole batch with one of its draws.
+    def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        key, theta = inputs
+        return simulator(key, theta[None])[0]
+
+    with numpyro.validation_enabled(False):
+        return jax.jit(lambda inputs: jax.lax.map(one, inputs))(
+            (jax.random.split(key, len(theta)), theta)
+        )
+
+
 def train(name: str, num: int, folder: Path, quick: bool) -> tuple[sbi.Posterior, float]:
     """The default posterior of a task, and seconds of training; resumes from its checkpoint."""
     import sbibm_jax
@@ -61,7 +78,7 @@ def train(name: str, num: int, folder: Path, quick: bool) -> tuple[sbi.Posterior
     key_theta, key_x, key_fit = jax.random.split(jax.random.key(num), 3)
     prior = task.get_prior_dist()
     theta = prior.sample(key_theta, (num,))
-    x = jnp.asarray(task.get_simulator(key_x)(key_x, theta))
+    x = simulate(name, task.get_simulator(key_x), key_x, theta)
     start = time.perf_counter()
     posterior = sbi.NPSE(prior, (theta, x)).fit(
         key=key_fit,

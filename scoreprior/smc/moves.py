@@ -82,7 +82,7 @@ class HMCMoves(AbstractMoves):
     `dense_mass`, or else the diagonal alone.
     """
 
-    num_leapfrog: int = eqx.field(static=True, default=8)
+    num_leapfrog: int = eqx.field(static=True, default=3)
     target_accept: float = eqx.field(static=True, default=0.8, kw_only=True)
     jitter: float = eqx.field(static=True, default=0.5, kw_only=True)
     dense_mass: bool = eqx.field(static=True, default=True, kw_only=True)

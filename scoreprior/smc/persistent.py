@@ -73,7 +73,7 @@ class PersistentSMC(eqx.Module):
     kernel: AbstractMoves = eqx.field(default=HMCMoves(), kw_only=True)
     centred: bool = eqx.field(static=True, default=False, kw_only=True)
     target_ess: float = eqx.field(static=True, default=2.0, kw_only=True)
-    max_autocorrelation: float = eqx.field(static=True, default=0.2, kw_only=True)
+    max_autocorrelation: float = eqx.field(static=True, default=0.5, kw_only=True)
     max_moves: int = eqx.field(static=True, default=50, kw_only=True)
     max_temperatures: int = eqx.field(static=True, default=100, kw_only=True)
     batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)

@@ -77,7 +77,7 @@ class TemperedSMC(eqx.Module):
     kernel: AbstractMoves = eqx.field(default=HMCMoves(), kw_only=True)
     centred: bool = eqx.field(static=True, default=False, kw_only=True)
     target_ess: float = eqx.field(static=True, default=0.9, kw_only=True)
-    max_autocorrelation: float = eqx.field(static=True, default=0.2, kw_only=True)
+    max_autocorrelation: float = eqx.field(static=True, default=0.5, kw_only=True)
     max_moves: int = eqx.field(static=True, default=50, kw_only=True)
     max_temperatures: int = eqx.field(static=True, default=200, kw_only=True)
     num_ancestors: int | None = eqx.field(static=True, default=None, kw_only=True)
