@@ -17,7 +17,6 @@ from scoreprior.smc.step import Cloud, Rule, _autocorrelation, move, next_temper
 from stats import assert_mean, assert_mean_of_groups
 from two_priors import (
     PRIOR_M,
-    SHORT,
     build,
     check_evidence,
     check_law,
@@ -45,7 +44,7 @@ def check_shares(draws):
 
 
 def test_posterior_and_evidence_of_a_gaussian_and_a_mixture_prior():
-    draws, flat = run(two_priors, TemperedSMC(120, 100, **SHORT), Y_G, Y_M)
+    draws, flat = run(two_priors, TemperedSMC(120, 100), Y_G, Y_M)
     check_two_priors(draws, flat, bias=0.08)
     check_evidence(draws, evidence_of_two_priors(), bias=0.1)
     check_shares(draws)
@@ -56,7 +55,7 @@ def test_posterior_and_evidence_of_a_gaussian_and_a_mixture_prior():
 
 
 ENGINES = {
-    "centred": TemperedSMC(50, 50, centred=True, **SHORT),
+    "centred": TemperedSMC(50, 50, centred=True),
     "random walk, few temperatures": TemperedSMC(
         100, 60, kernel=RandomWalkMoves(), target_ess=0.5, max_autocorrelation=0.2
     ),
@@ -145,7 +144,7 @@ def test_masses_of_modes_between_which_chains_hardly_move():
 
     exact = oracles.posterior(prior, A, y, sd**2 * jnp.eye(1))
     assert 0.3 < exact.weights[0] < 0.45
-    draws, flat = run(model, TemperedSMC(150, 40, **SHORT), y)
+    draws, flat = run(model, TemperedSMC(150, 40), y)
     left = (flat["x"][:, :1] < 0).astype(float)
     groups = draws.stats["group_of_draw"].reshape(-1)
     assert_mean_of_groups(left, groups, exact.weights[:1], scale=1.0, bias=0.1)
@@ -162,7 +161,7 @@ def test_likelihoods_of_zero_are_weights_of_zero():
         g = numpyro.sample("g", prior)
         numpyro.factor("left", jnp.where(g[0] > 1.5, 0.0, -jnp.inf))
 
-    draws, flat = run(model, TemperedSMC(200, 100, **SHORT))
+    draws, flat = run(model, TemperedSMC(200, 100))
     assert (flat["g"][:, 0] > 1.5).all()
     tail = jax.scipy.stats.norm.logcdf(-1.0 / jnp.sqrt(1.0 + 0.1**2))
     check_evidence(draws, float(tail), bias=0.15)

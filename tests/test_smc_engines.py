@@ -17,13 +17,13 @@ from scoreprior.gaussian import Moments
 from scoreprior.problem import Problem
 from scoreprior.smc import HMCMoves, NestedSampling, PersistentSMC, TemperedSMC
 from stats import GATE
-from two_priors import PRIOR_G, PRIOR_M, SHORT, build, check_evidence, check_law, run
+from two_priors import PRIOR_G, PRIOR_M, build, check_evidence, check_law, run
 
 pytestmark = [pytest.mark.promotes_ranks, pytest.mark.slow]
 
 ENGINES = {
     "waste-free": TemperedSMC(400, 40, num_ancestors=40, kernel=HMCMoves(3)),
-    "persistent": PersistentSMC(150, 40, 400, **SHORT),
+    "persistent": PersistentSMC(150, 40, 400),
     "nested": NestedSampling(100, 40, 400),
 }
 

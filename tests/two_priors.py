@@ -12,11 +12,7 @@ from scoreprior.denoise import GaussianMixture
 from scoreprior.flow import FixedGrid, Flow
 from scoreprior.prior import ScorePrior
 from scoreprior.problem import Problem
-from scoreprior.smc import HMCMoves
 from stats import assert_mean_of_groups, require_power
-
-# Short moves of a cloud, which do for a few coordinates.
-SHORT = {"kernel": HMCMoves(3), "max_autocorrelation": 0.5}
 
 
 def build(denoiser, num_steps=5):

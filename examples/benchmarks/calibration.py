@@ -11,8 +11,8 @@ model says.
 With p_g the share of group g's draws below the truth, calibration means E[p_g] = 1/2 and, groups
 being independent, E[p_g p_h] = 1/3, whatever the correlation within a group. Deviations from both
 are given in standard errors, and that of chi-square for the mean of p_g in five equal bins in
-standard deviations; few or correlated draws crowd the middle bins. Beyond 5 is a failure. A stopped program
-goes on where it was.
+standard deviations; few or correlated draws crowd the middle bins. Beyond 5 is a failure. A stopped
+program goes on where it was.
 """
 
 import warnings
