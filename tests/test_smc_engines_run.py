@@ -169,7 +169,7 @@ def test_data_that_are_impossible_are_an_error(engine):
     [
         (TemperedSMC, {"num_ancestors": 300}, ValueError, "a proper divisor of num_particles = 10"),
         (TemperedSMC, {"num_ancestors": 1000}, ValueError, "proper divisor .*, got 1000"),
-        (TemperedSMC, {"num_ancestors": 1}, ValueError, "num_ancestors must be at least 2, got 1"),
+        (TemperedSMC, {"num_ancestors": 1}, ValueError, "num_ancestors must be at least 4, got 1"),
         (PersistentSMC, {"target_ess": 0.0}, ValueError, "target_ess must be a positive finite"),
         (PersistentSMC, {"num_samples": 0}, ValueError, "num_samples must be at least 1, got 0"),
         (PersistentSMC, {"kernel": "hmc"}, TypeError, "kernel must be moves such as"),

@@ -93,6 +93,26 @@ def test_the_curvature_is_that_of_gauss_and_newton(is_near):
     np.testing.assert_allclose(found, units.T @ expected @ units, rtol=1e-7, atol=1e-9)
 
 
+def test_a_prior_of_positive_numbers_is_curved_in_their_logarithms():
+    """`exp(x)` seen as `exp(A x)` times log-normal noise: the same problem in other words."""
+
+    def plain(y):
+        x = numpyro.sample("x", CURVED)
+        numpyro.sample("y", dist.MultivariateNormal(A_M @ x, COV_M), obs=y)
+
+    def positive(y):
+        exp = dist.transforms.ExpTransform()
+        x = numpyro.sample("x", dist.TransformedDistribution(CURVED, [exp]))
+        numpyro.sample("y", dist.MultivariateNormal(A_M @ jnp.log(x), COV_M), obs=y)
+
+    normal, e = _Normal(jnp.array([0.3, -0.2]), 0.5 * jnp.eye(2)), jnp.array([0.4, -1.0])
+    found, expected = (
+        _curvature(problem, start(problem, KEY)[0], normal, e)
+        for problem in (Problem.from_model(model, Y_M) for model in (positive, plain))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
 @functools.cache
 def bent():
     def model(y):

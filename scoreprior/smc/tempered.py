@@ -91,7 +91,7 @@ class TemperedSMC(eqx.Module):
         check_fraction("target_ess", self.target_ess)
         check_fraction("max_autocorrelation", self.max_autocorrelation)
         if self.num_ancestors is not None:
-            check_count("num_ancestors", self.num_ancestors, least=2)
+            check_count("num_ancestors", self.num_ancestors, least=4)
             if self.num_particles % self.num_ancestors or self.num_particles == self.num_ancestors:
                 raise ValueError(
                     f"num_ancestors must be a proper divisor of num_particles = "

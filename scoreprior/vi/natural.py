@@ -159,8 +159,7 @@ def _curvature(
 
     def given(e: Array) -> dict[str, Array]:
         """What data and other sites depend on: `x` of the priors, the others as they are."""
-        values = problem.constrain(position(e))
-        return position(e) | {name: values[name] for name in problem.sites.priors}
+        return centred.unconstrain(problem.constrain(position(e)))
 
     flat, unravel = ravel_pytree(given(e))
     hessian = jax.hessian(lambda flat: centred.log_conditional(unravel(flat)))(flat)
