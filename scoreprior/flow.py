@@ -27,6 +27,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from scoreprior._typing import Event, Sigma
@@ -161,5 +162,5 @@ def _extreme_scales(moments: Moments, argument: str) -> tuple[float, float]:
     """Smallest and largest standard deviation of the moments."""
     if is_traced(moments.eigenvalues):
         raise ValueError(f"{argument} must be given when moments are traced by jax, got None")
-    variances = moments.eigenvalues
-    return float(jnp.sqrt(variances.min())), float(jnp.sqrt(variances.max()))
+    scales = np.sqrt(np.asarray(moments.eigenvalues))
+    return float(scales.min()), float(scales.max())

@@ -15,6 +15,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from scoreprior._typing import Event, Key, Scalar, Sigma
@@ -145,10 +146,11 @@ class Moments(eqx.Module):
             raise ValueError(
                 f"eigenvalues must have the shape of mean, {shapes[0]}, got {shapes[1]}"
             )
-        if not is_traced(self.eigenvalues) and not jnp.all(self.eigenvalues >= 0):
-            raise ValueError(
-                f"eigenvalues must not be negative or NaN, got {float(jnp.min(self.eigenvalues)):g}"
-            )
+        if is_traced(self.eigenvalues):
+            return
+        values = np.asarray(self.eigenvalues)
+        if not np.all(values >= 0):
+            raise ValueError(f"eigenvalues must not be negative or NaN, got {values.min():g}")
 
     @classmethod
     def dense(cls, mean: Event, covariance: Float[Array, "size size"]) -> "Moments":

@@ -7,6 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+import scipy.stats
 
 from scoreprior import nn
 from scoreprior.denoise import AbstractDenoiser
@@ -149,6 +150,43 @@ def test_the_untrained_network_knows_a_linear_gaussian_model():
     np.testing.assert_allclose(
         np.cov(draws.T) / np.outer(sd, sd), covariance / np.outer(sd, sd), atol=0.05
     )
+
+
+BOUND, SLOPE, WIDTH = 2.0, 0.8, 0.9
+
+
+def in_a_box(num, key=KEY):
+    """Uniform parameters, and each seen by `N(SLOPE theta + 0.1, WIDTH^2)`."""
+    draw, noise = jax.random.split(key)
+    theta = BOUND * jax.random.uniform(draw, (num, 2), minval=-1)
+    return theta, SLOPE * theta + 0.1 + WIDTH * jax.random.normal(noise, (num, 2))
+
+
+@pytest.mark.parametrize("x_o", [[0.3, 1.4], [-2.5, 2.0]])
+def test_the_untrained_network_knows_the_edges_of_a_uniform_prior(x_o):
+    """Truncated normal posteriors, up to the error of the regression; no Gaussian is near."""
+    prior = dist.Uniform(-BOUND, jnp.full(2, BOUND)).to_event(1)
+    amortised = NPSE(prior, in_a_box(20_000), width=8, num_blocks=1, drop=0.1).fit(
+        key=KEY, num_steps=1, progress=False
+    )
+    x_o = jnp.asarray(x_o)
+    draws = amortised.sample(KEY, x_o, 20_000)
+    assert (jnp.abs(draws) <= BOUND).all()
+    loc, scale = (x_o - 0.1) / SLOPE, WIDTH / SLOPE
+    ends = (-BOUND - loc) / scale, (BOUND - loc) / scale
+    truth = scipy.stats.truncnorm(*map(np.asarray, ends), np.asarray(loc), scale)
+    for power in (1, 2, 3):
+        moment = np.array([truth.moment(power)]).ravel()
+        spread = np.sqrt(truth.moment(2 * power) - moment**2)
+        np.testing.assert_allclose(((draws**power).mean(0) - moment) / spread, 0, atol=0.05)
+    some = jnp.asarray(truth.rvs((100, 2), random_state=0))
+    error = amortised.log_prob(some, x_o) - truth.logpdf(some).sum(1)
+    assert jnp.sqrt(jnp.mean(error**2)) < 0.1
+    gaussian = dist.Normal(truth.mean(), truth.std()).to_event(1)
+    error = gaussian.log_prob(some) - truth.logpdf(some).sum(1)
+    assert jnp.sqrt(jnp.mean(error**2)) > 0.2
+    unseen = amortised.prior()
+    np.testing.assert_allclose(unseen.flow.moments.eigenvalues, 1, atol=0.2)
 
 
 # Sets.

@@ -9,7 +9,7 @@ from numpyro.distributions import transforms
 from scipy.integrate import simpson
 
 from laws import check_exact_denoiser
-from scoreprior.denoise import Gaussian, GaussianMixture, Uniform
+from scoreprior.denoise import BlurredUniform, Gaussian, GaussianMixture, Uniform
 from scoreprior.gaussian import Moments
 from scoreprior.sbi import law_of
 from stats import assert_cov, assert_mean
@@ -130,6 +130,48 @@ def test_box_without_noise_is_the_uniform_density():
     np.testing.assert_array_equal(box.score(outside, 0.0), [0.0, -jnp.inf])
     np.testing.assert_array_equal(box.covariance(inside, 0.0), np.zeros((2, 2)))
     np.testing.assert_allclose(box(outside, 1e-6), [0.5, 4.0], atol=1e-9)
+
+
+BLUR = jnp.array([[0.1, 0.3], [0.5, 1.0]])
+SOFT = BlurredUniform(BOX.low, BOX.high.at[1, 1].set(-3.0), BLUR)
+"""Its last entry is a normal law."""
+
+
+def test_a_blurred_box_is_a_box_with_noise():
+    x, sigma = 2 * jax.random.normal(KEYS[4], (2, 2)), 0.4
+    box = BlurredUniform(BOX.low, BOX.high, BLUR)
+    noise = jnp.sqrt(sigma**2 + BLUR**2)
+    np.testing.assert_allclose(box.log_prob(x, sigma), BOX.log_prob(x, noise), rtol=1e-12)
+    np.testing.assert_allclose(box.score(x, sigma), BOX.score(x, noise), rtol=1e-12)
+    point, normal = BlurredUniform(BOX.low, BOX.low, BLUR), Gaussian(Moments(BOX.low, BLUR**2))
+    for method in ("__call__", "log_prob", "score", "covariance"):
+        ours, truth = (getattr(law, method)(x, sigma) for law in (point, normal))
+        np.testing.assert_allclose(ours, truth, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 20.0])
+def test_score_denoiser_density_and_covariance_of_a_blurred_box_agree(sigma):
+    check_exact_denoiser(SOFT, 2 * jax.random.normal(KEYS[5], (3, 2, 2)), sigma)
+
+
+def test_draws_of_a_blurred_box_have_its_moments():
+    draws = jax.vmap(SOFT.sample)(jax.random.split(KEYS[6], 100_000)).reshape(-1, 4)
+    assert_mean(draws, SOFT.moments().mean.ravel())
+    assert_cov(draws, SOFT.moments().covariance())
+
+
+@pytest.mark.usefixtures("as_user")
+@pytest.mark.parametrize(
+    ("low", "high", "blur", "message"),
+    [
+        (0.0, 1.0, jnp.ones(2), r"blur must have the shape of low, \(\), got \(\) and \(2,\)"),
+        (0.0, -1.0, 0.1, "high must not be below low, got a difference of -1"),
+        (0.0, 1.0, 0.0, "blur must be positive, got 0"),
+    ],
+)
+def test_a_blurred_box_that_is_none_is_refused(low, high, blur, message):
+    with pytest.raises(ValueError, match=message):
+        BlurredUniform(low, high, blur)
 
 
 @pytest.mark.usefixtures("as_user")

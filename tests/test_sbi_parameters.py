@@ -7,8 +7,9 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 
-from scoreprior.denoise import Gaussian, GaussianMixture
+from scoreprior.denoise import BlurredUniform, Gaussian, GaussianMixture
 from scoreprior.sbi import Parameters
+from scoreprior.sbi.soft import BLUR
 from stats import assert_cov, assert_mean
 
 pytestmark = pytest.mark.promotes_ranks
@@ -22,7 +23,15 @@ def chain():
     mean = numpyro.sample("mean", dist.Normal(2.0, scale))
     numpyro.deterministic("twice", 2 * mean)
     with numpyro.plate("items", 3):
-        numpyro.sample("width", dist.Uniform(-scale, jnp.exp(mean)))
+        numpyro.sample("width", dist.Weibull(scale, jnp.exp(mean / 4)))
+
+
+def boxes():
+    """Uniform sites, the edges of one of which depend on the other, beside a normal one."""
+    share = numpyro.sample("share", dist.LogUniform(0.5, 2.0))
+    numpyro.sample("mean", dist.Normal(2.0, share))
+    with numpyro.plate("items", 2):
+        numpyro.sample("width", dist.Uniform(-share, 3.0))
 
 
 MIXTURE = dist.MixtureSameFamily(
@@ -47,6 +56,7 @@ PRIORS = {
     "multivariate": dist.MultivariateNormal(jnp.array([1.0, -1.0]), COVARIANCE),
     "uniform": dist.Uniform(jnp.array([-1.0, 0.0]), jnp.array([1.0, 5.0])).to_event(1),
     "chain": chain,
+    "boxes": boxes,
     "mixed": mixed,
 }
 every_prior = pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS.keys())
@@ -99,6 +109,19 @@ def test_a_chain_of_dependent_sites_is_standard_normal():
     forgetful = (theta["mean"] - 2.0)[:, None]
     with pytest.raises(AssertionError, match="covariance"):
         assert_cov(forgetful, np.eye(1))
+
+
+def test_uniform_sites_are_blurred_boxes_of_variance_one():
+    parameters = Parameters.of(boxes)
+    assert isinstance(parameters.law, BlurredUniform)
+    np.testing.assert_array_equal(parameters.law.high > 0, [True, False, True, True])
+    keys = jax.random.split(KEY, 45_000)
+    z = jax.vmap(parameters.to_vector)(jax.vmap(parameters.sample)(keys))
+    assert_mean(z, 0.0)
+    assert_cov(z, np.eye(4))
+    # Fourth moments tell a box from a normal law.
+    fourth = 9 / 5 + 6 / 5 * (2 * BLUR**2 - BLUR**4)
+    assert_mean(z**4, [fourth, 3.0, fourth, fourth])
 
 
 def test_the_law_is_said_only_where_it_is_known():

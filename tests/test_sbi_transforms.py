@@ -11,7 +11,10 @@ import scipy.stats as st
 from numpyro.distributions import transforms
 
 from laws import check_transform
-from scoreprior.sbi import ProbabilityIntegral, gaussianise
+from scoreprior.denoise import BlurredUniform
+from scoreprior.sbi import ProbabilityIntegral, SoftUniform, gaussianise
+from scoreprior.sbi.soft import BLUR, HALF
+from scoreprior.sbi.transforms import soften
 from stats import assert_cov, assert_mean
 
 pytestmark = pytest.mark.promotes_ranks
@@ -244,3 +247,59 @@ def test_integrals_of_different_laws_differ():
     assert one == ProbabilityIntegral(dist.Beta(0.5, 0.5))
     assert one != other
     assert one != ProbabilityIntegral(dist.Gamma(0.5, 0.5))
+
+
+# Boxes with soft edges.
+
+SOFT = BlurredUniform(jnp.asarray(-HALF), jnp.asarray(HALF), jnp.asarray(BLUR))
+EDGES = jnp.array([-4.0, -2.2, -1.9, -1.72, -1.6, -0.5, 0.0, 1e-9, 0.7, 1.7, 1.9, 3.0])
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [dist.Uniform(-1.0, 3.0), dist.LogUniform(1.0, 10.0), dist.Uniform(0.0, 1.0).expand([3])],
+    ids=["uniform", "loguniform", "expanded"],
+)
+def test_soft_coordinates_have_the_law_of_a_blurred_box(prior):
+    transform = soften(prior)
+    z = jnp.broadcast_to(EDGES.reshape(-1, *[1] * len(prior.batch_shape)), (12, *prior.batch_shape))
+    slope = jax.jvp(transform, (z,), (jnp.ones_like(z),))[1]
+    density = jax.vmap(SOFT.log_prob)(z.ravel()).reshape(z.shape)
+    np.testing.assert_allclose(density - jnp.log(slope), prior.log_prob(transform(z)), rtol=1e-8)
+    check_transform(transform, z, atol=1e-9)
+
+
+def test_soft_quantiles_are_those_of_uniform_plus_normal():
+    """By a million draws of the sum, and of the wrong sum."""
+    keys = jax.random.split(KEY)
+    box = jax.random.uniform(keys[0], (1_000_000,), minval=-HALF, maxval=HALF)
+    normal = jax.random.normal(keys[1], box.shape)
+    u = SoftUniform(dist.Uniform(0.0, 1.0))
+    powers = lambda values: jnp.stack([values, values**2, values**20], 1)
+    expected = 1 / np.array([2, 3, 21])
+    assert_mean(powers(u(box + BLUR * normal)), expected)
+    with pytest.raises(AssertionError, match="outside 5 standard errors"):
+        assert_mean(powers(u(box + 2 * BLUR * normal)), expected)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float64, 1e-9), (jnp.float32, 3e-6)])
+def test_soft_edges_keep_their_digits(dtype, rtol):
+    """The way back from what is left of the box, down to the smallest numbers."""
+    unit = SoftUniform(dist.Uniform(dtype(0.0), dtype(1.0)))
+    theta = jnp.asarray([1e-30, 1e-12, 1e-4, 0.01, 0.3, 0.5, 0.9], dtype)
+    z = unit.inv(theta)
+    assert z.dtype == dtype
+    np.testing.assert_allclose(unit(z), theta, rtol=100 * rtol)
+    slope = jax.vmap(jax.grad(unit.inv))(theta)
+    log_det = unit.log_abs_det_jacobian(z, theta)
+    np.testing.assert_allclose(jnp.log(slope), -log_det, rtol=10 * rtol)
+
+
+def test_soft_coordinates_end_at_the_support():
+    box = SoftUniform(dist.Uniform(-1.0, 3.0))
+    expected = [-np.inf, np.inf, np.nan, np.nan]
+    np.testing.assert_array_equal(box.inv(jnp.array([-1.0, 3.0, -1.1, 3.1])), expected)
+    assert box == SoftUniform(dist.Uniform(-1.0, 3.0))
+    assert box != SoftUniform(dist.Uniform(-1.0, 2.0))
+    assert soften(dist.Normal(0.0, 1.0)) is None
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(box))(EDGES), box(EDGES))

@@ -27,7 +27,7 @@ from scoreprior.denoise.energy import (
 from scoreprior.denoise.exact import AbstractExact, Empirical, Gaussian, GaussianMixture, Smoothed
 from scoreprior.denoise.network import Network
 from scoreprior.denoise.subspace import Subspace, leading
-from scoreprior.denoise.uniform import Uniform
+from scoreprior.denoise.uniform import BlurredUniform, Uniform
 
 __all__ = [
     "VE",
@@ -38,6 +38,7 @@ __all__ = [
     "AbstractPrediction",
     "AbstractSchedule",
     "Asymmetry",
+    "BlurredUniform",
     "Calibrated",
     "CleanPrediction",
     "Conditioned",

@@ -12,6 +12,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
@@ -358,10 +359,10 @@ def _check_mixture(weights: Array, means: Array) -> tuple[Array, Array]:
             "weights [K] and means [K, *event] must agree in K, "
             f"got {weights.shape} and {means.shape}"
         )
-    if not is_traced(weights) and not (
-        bool(jnp.all(weights > 0)) and abs(float(weights.sum()) - 1) < 1e-5
-    ):
-        raise ValueError(f"weights must be positive and sum to 1, got {weights}")
+    if not is_traced(weights):
+        values = np.asarray(weights)
+        if not (np.all(values > 0) and abs(values.sum() - 1) < 1e-5):
+            raise ValueError(f"weights must be positive and sum to 1, got {values}")
     return jnp.log(weights), means
 
 

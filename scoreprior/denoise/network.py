@@ -43,6 +43,13 @@ class Network(AbstractDenoiser):
         kept = self.moments.eigenvalues / scales**2 * centred
         return self.moments.mean + self.moments.basis.synthesise(kept + residual)
 
+    def residual(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
+        """`R diag(sigma sqrt(lam) / a) R' F`: what the network adds to Gaussian data's denoiser."""
+        basis, scales = self.moments.basis, self.moments.scales(sigma)
+        whitened = basis.synthesise(basis.analyse(x - self.moments.mean) / scales)
+        output = self.net(whitened, self.log_level(sigma), context)
+        return basis.synthesise(self.output_scale(sigma) * basis.analyse(output))
+
     def log_level(self, sigma: Sigma) -> Scalar:
         """`log(sigma / s) / 4`, `s^2` the mean variance: what the network is told of `sigma`."""
         scale = jnp.sqrt(jnp.mean(self.moments.eigenvalues))

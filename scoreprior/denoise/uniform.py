@@ -1,4 +1,4 @@
-"""The uniform law on a box, and the truncated normal laws of its denoiser."""
+"""The uniform law on a box, with soft edges or hard ones, and the truncated normal laws of both."""
 
 import math
 from typing import Any, NamedTuple
@@ -80,6 +80,81 @@ class Uniform(AbstractExact):
         return Moments((self.low + self.high) / 2, (self.high - self.low) ** 2 / 12)
 
 
+class BlurredUniform(AbstractExact):
+    """Independent entries `U + blur N(0, 1)`, `U` uniform between `low` and `high`.
+
+    A box with soft edges: with noise `sigma` it is the box of `Uniform` with noise of variance
+    `sigma^2 + blur^2`. Where `low = high` it is `N(low, blur^2)`. Methods take a noise level
+    [*event] too, one for each entry.
+
+    **Arguments:** `low <= high` and `blur > 0`, [*event] each.
+    """
+
+    low: Event = eqx.field(converter=lambda value: _floating(value))
+    high: Event = eqx.field(converter=lambda value: _floating(value))
+    blur: Event = eqx.field(converter=lambda value: _floating(value))
+
+    def __check_init__(self):
+        if not self.low.shape == self.high.shape == self.blur.shape:
+            raise ValueError(
+                f"high and blur must have the shape of low, {self.low.shape}, got "
+                f"{self.high.shape} and {self.blur.shape}"
+            )
+        for name in ("low", "high", "blur"):
+            check_finite(name, getattr(self, name))
+        width = self.high - self.low
+        if not is_traced(width) and not jnp.all(width >= 0):
+            raise ValueError(
+                f"high must not be below low, got a difference of {float(jnp.min(width)):g}"
+            )
+        if not is_traced(width) and not jnp.all(self.blur > 0):
+            raise ValueError(f"blur must be positive, got {float(jnp.min(self.blur)):g}")
+
+    @property
+    def _is_point(self) -> Array:
+        return self.high == self.low
+
+    def _truncated(self, x: Event, sigma: Sigma) -> tuple["Truncated", Array]:
+        above = jnp.sqrt(sigma**2 + self.blur**2)
+        # A box of no width has no density; what stands for it is not used.
+        high = jnp.where(self._is_point, self.low + 1, self.high)
+        return truncated_normal(self.low, high, x, above), above
+
+    def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
+        box, above = self._truncated(x, sigma)
+        middle = jnp.where(self._is_point, self.low, box.mean)
+        return (sigma / above) ** 2 * middle + (self.blur / above) ** 2 * x
+
+    def score(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
+        box, above = self._truncated(x, sigma)
+        return jnp.where(self._is_point, (self.low - x) / above**2, box.slope)
+
+    def log_prob(self, x: Event, sigma: Sigma = 0.0) -> Scalar:
+        box, above = self._truncated(x, sigma)
+        width = jnp.where(self._is_point, 1.0, self.high - self.low)
+        normal = -(((x - self.low) / above) ** 2) / 2 - jnp.log(above) - LOG_SQRT_2_PI
+        return jnp.sum(jnp.where(self._is_point, normal, box.log_mass - jnp.log(width)))
+
+    def variance(self, x: Event, sigma: Sigma) -> Event:
+        """Variance of every entry of the clean event given the noisy one."""
+        box, above = self._truncated(x, sigma)
+        spread = jnp.where(self._is_point, 0.0, box.variance)
+        return (sigma * self.blur / above) ** 2 + (sigma / above) ** 4 * spread
+
+    def covariance(self, x: Event, sigma: Sigma) -> Float[Array, "size size"]:
+        return jnp.diag(self.variance(x, sigma).ravel())
+
+    def sample(self, key: Key) -> Event:
+        box, normal = jax.random.split(key)
+        share = jax.random.uniform(box, self.low.shape, self.low.dtype)
+        noise = self.blur * jax.random.normal(normal, self.low.shape, self.low.dtype)
+        return self.low + (self.high - self.low) * share + noise
+
+    def moments(self) -> Moments:
+        variance = (self.high - self.low) ** 2 / 12 + self.blur**2
+        return Moments((self.low + self.high) / 2, variance)
+
+
 class Truncated(NamedTuple):
     """`N(x, sigma^2)` truncated to an interval, entry by entry."""
 
@@ -126,4 +201,4 @@ def _floating(value: Any) -> Array:
     return jnp.asarray(value, jnp.result_type(value, float))
 
 
-__all__ = ["Uniform"]
+__all__ = ["BlurredUniform", "Uniform"]

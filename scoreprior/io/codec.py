@@ -19,7 +19,13 @@ from scoreprior._typing import PyTree
 
 PARTS = (
     *(denoise.Calibrated, denoise.Conditioned, denoise.Network, denoise.Rescaled),
-    *(denoise.Empirical, denoise.Gaussian, denoise.GaussianMixture, denoise.Smoothed),
+    *(
+        denoise.BlurredUniform,
+        denoise.Empirical,
+        denoise.Gaussian,
+        denoise.GaussianMixture,
+        denoise.Smoothed,
+    ),
     denoise.Subspace,
     *(denoise.EnergyNetwork, denoise.InnerProduct, denoise.SquaredDistance),
     *(denoise.CleanPrediction, denoise.NoisePrediction, denoise.ScorePrediction),

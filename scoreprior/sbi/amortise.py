@@ -26,8 +26,8 @@ from scoreprior.sbi.conditional import (
     ConditionalLoss,
     DrawContext,
     Observed,
-    Regression,
     Told,
+    regress,
 )
 from scoreprior.sbi.embed import Flat, Standardise
 from scoreprior.sbi.parameters import Parameters
@@ -152,7 +152,7 @@ class NPSE(eqx.Module):
         features = jax.vmap(standardise)(items).reshape(len(items), -1)
         # Sets of different sizes have no features in common that a regression could use.
         features = jnp.zeros((len(z), 0), z.dtype) if self.takes_sets else features
-        regression = Regression.fit(z, features)
+        regression = regress(z, features, self.parameters.law)
         first = jax.tree.map(lambda leaf: leaf[0], self._contexts(x[:1]))
         given = () if first.mask is None else (first.mask,)
         made = eqx.filter_eval_shape(self.embedding, first.x, *given)

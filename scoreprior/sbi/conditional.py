@@ -1,22 +1,27 @@
 """The conditional denoiser of amortised inference, `D(z, sigma, x) = E[Z | Z + sigma N = z, x]`.
 
-A Gaussian regression of the parameters `z` on the observation stands under the network, which
-learns what the regression leaves: for a linear Gaussian model, nothing.
+A regression of the parameters `z` on the observation stands under the network, which learns what
+the regression leaves: for a linear Gaussian model under a normal or a uniform prior, nothing.
 """
 
+from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float
 
 from scoreprior._typing import Context, Event, Key, Scalar, Sigma
-from scoreprior.denoise import AbstractDenoiser, Network
+from scoreprior.denoise import AbstractDenoiser, BlurredUniform, Network
 from scoreprior.gaussian import Moments
 from scoreprior.nn import ResidualMLP
 from scoreprior.sbi.embed import DrawItems, Standardise
 from scoreprior.train import AbstractLevels, AbstractLoss, Residual
+
+MAX_PAIRS, NUM_STEPS = 10_000, 50
+"""Of the fit of a `BoxRegression`."""
 
 
 class Observed(NamedTuple):
@@ -31,7 +36,30 @@ class Observed(NamedTuple):
     known: Bool[Array, ""] | None = None
 
 
-class Regression(eqx.Module):
+class AbstractRegression(eqx.Module):
+    """A law of `z` given standardised features `c` [num_features] that needs no network."""
+
+    prior: eqx.AbstractVar[Moments]
+    """Moments of `z` where there is no observation."""
+
+    @abstractmethod
+    def moments(
+        self, features: Float[Array, " num_features"], known: Bool[Array, ""] | None
+    ) -> Moments:
+        """Those of `z` given the features of one observation, or of `z` alone if not `known`."""
+
+    @abstractmethod
+    def denoise(
+        self,
+        z: Float[Array, " size"],
+        sigma: Scalar,
+        features: Float[Array, " num_features"],
+        known: Bool[Array, ""] | None,
+    ) -> Float[Array, " size"]:
+        """The denoiser of that law."""
+
+
+class Regression(AbstractRegression):
     """`z | x ~ N(A c + b, C)`, least squares on the standardised features `c` [num_features].
 
     `weights` `A` [size, num_features], `bias` `b` [size]; `residual`, moments `N(0, C)`. `prior`,
@@ -48,27 +76,142 @@ class Regression(eqx.Module):
         cls, z: Float[Array, "n size"], features: Float[Array, "n num_features"]
     ) -> "Regression":
         """Of pairs; features that are too many for it, over `n / 20`, count as none."""
-        num, size = z.shape
         prior = Moments.dense(z.mean(0), jnp.atleast_2d(jnp.cov(z.T)))
-        if features.shape[1] > num // 20:
-            features = features[:, :0]
-        design = jnp.concatenate([features, jnp.ones((num, 1), z.dtype)], 1)
-        solution = jnp.linalg.lstsq(design, z)[0]
-        residual = z - design @ solution
-        covariance = residual.T @ residual / (num - design.shape[1])
-        left = Moments.dense(jnp.zeros(size, z.dtype), covariance)
+        solution, residual = _least_squares(z, features)
+        covariance = residual.T @ residual / (len(z) - len(solution))
+        left = Moments.dense(jnp.zeros(z.shape[1], z.dtype), covariance)
         return cls(solution[:-1].T, solution[-1], left, prior)
 
     def moments(
         self, features: Float[Array, " num_features"], known: Bool[Array, ""] | None
     ) -> Moments:
-        """Those of `z` given the features of one observation, or of `z` alone if not `known`."""
         num = self.weights.shape[1]
         mean = self.weights @ features[:num] + self.bias
         given = Moments(mean, self.residual.eigenvalues, self.residual.basis)
         if known is None:
             return given
         return jax.tree.map(lambda a, b: jnp.where(known, a, b), given, self.prior)
+
+    def denoise(
+        self,
+        z: Float[Array, " size"],
+        sigma: Scalar,
+        features: Float[Array, " num_features"],
+        known: Bool[Array, ""] | None,
+    ) -> Float[Array, " size"]:
+        return self.moments(features, known).denoise(z, sigma)
+
+
+class BoxRegression(AbstractRegression):
+    """`z | x` for a uniform prior and the likelihood `N(A c + b; z, diag(v))`.
+
+    Its entries are normal laws cut off by the edges of the prior, `law`, which a Gaussian
+    regression and a network would have to learn. `weights` `A` [size, num_features], `bias` `b` and
+    `log_variance` `log v` [size], those of the largest likelihood: with `tau^2 = v + blur^2` each
+    entry of a pair has the density `p(z) N(m; z, v) / p_tau(m)` at `m = A c + b`.
+    """
+
+    weights: Float[Array, "size num_features"]
+    bias: Float[Array, " size"]
+    log_variance: Float[Array, " size"]
+    law: BlurredUniform
+
+    @property
+    def prior(self) -> Moments:
+        return self.law.moments()
+
+    @classmethod
+    def fit(
+        cls,
+        z: Float[Array, "n size"],
+        features: Float[Array, "n num_features"],
+        law: BlurredUniform,
+    ) -> "BoxRegression":
+        """Of pairs, at most `MAX_PAIRS` of them; features that are too many count as none."""
+        every = slice(None, None, -(-len(z) // MAX_PAIRS))
+        law = jax.tree.map(lambda leaf: leaf.astype(z.dtype), law)
+        solution, residual = _least_squares(z, features)
+        # Right for a Gaussian prior of variance one.
+        share = jnp.minimum(residual.var(0), 0.99)
+        start = (solution / (1 - share), jnp.log(share / (1 - share)))
+        (solution, log_variance) = _most_likely(law, start, z[every], features[every])
+        return cls(solution[:-1].T, solution[-1], log_variance, law)
+
+    def moments(
+        self, features: Float[Array, " num_features"], known: Bool[Array, ""] | None
+    ) -> Moments:
+        point, precision = self._likelihood(features, known)
+        scale = 1 / jnp.sqrt(precision)
+        prior = self.law.moments()
+        some = precision > 0
+        scale = jnp.where(some, scale, 1.0)
+        mean = jnp.where(some, self.law(point, scale), prior.mean)
+        return Moments(mean, jnp.where(some, self.law.variance(point, scale), prior.eigenvalues))
+
+    def denoise(
+        self,
+        z: Float[Array, " size"],
+        sigma: Scalar,
+        features: Float[Array, " num_features"],
+        known: Bool[Array, ""] | None,
+    ) -> Float[Array, " size"]:
+        point, precision = self._likelihood(features, known)
+        total = 1 + sigma**2 * precision
+        return self.law((z + sigma**2 * precision * point) / total, sigma / jnp.sqrt(total))
+
+    def _likelihood(self, features: Array, known: Bool[Array, ""] | None) -> tuple[Array, Array]:
+        """`A c + b` and `1 / v`, which is zero where the observation is not known."""
+        num = self.weights.shape[1]
+        precision = jnp.exp(-self.log_variance)
+        if known is not None:
+            precision = jnp.where(known, precision, jnp.zeros_like(precision))
+        return self.weights @ features[:num] + self.bias, precision
+
+
+def regress(
+    z: Float[Array, "n size"], features: Float[Array, "n num_features"], law: Any
+) -> AbstractRegression:
+    """The regression for a prior of `z` of the known `law`, `None` if it is not known."""
+    if isinstance(law, BlurredUniform):
+        return BoxRegression.fit(z, features, law)
+    return Regression.fit(z, features)
+
+
+def _least_squares(z: Array, features: Array) -> tuple[Array, Array]:
+    """`[A b]'` [num_features + 1, size] and residuals; features over `n / 20` count as none."""
+    if features.shape[1] > len(z) // 20:
+        features = features[:, :0]
+    design = jnp.concatenate([features, jnp.ones((len(z), 1), z.dtype)], 1)
+    solution = jnp.linalg.lstsq(design, z)[0]
+    return solution, z - design @ solution
+
+
+@jax.jit
+def _most_likely(law: BlurredUniform, start: Any, z: Array, features: Array) -> Any:
+    """`[A b]'` and `log v` of the largest likelihood, by L-BFGS from `start`."""
+    num = len(start[0]) - 1
+
+    def loss(at: Any) -> Scalar:
+        solution, log_variance = at
+        point = features[:, :num] @ solution[:-1] + solution[-1][None]
+        scale = jnp.exp(log_variance / 2)
+        distance = ((z - point) / scale[None]) ** 2 + log_variance[None]
+        evidence = jax.vmap(lambda m: law.log_prob(m, scale))(point)
+        return jnp.mean(jnp.sum(distance, 1) / 2 + evidence)
+
+    optimiser = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        at, state = carry
+        value, gradient = value_and_grad(at, state=state)
+        updates, state = optimiser.update(
+            gradient, state, at, value=value, grad=gradient, value_fn=loss
+        )
+        return (optax.apply_updates(at, updates), state), None
+
+    (end, _), _ = jax.lax.scan(step, (start, optimiser.init(start)), length=NUM_STEPS)
+    return end
 
 
 class Told(eqx.Module):
@@ -88,14 +231,14 @@ class Told(eqx.Module):
 
 
 class Amortised(AbstractDenoiser):
-    """`Network` with the moments of the regression at `x`, told an embedding of `x`.
+    """The denoiser of the regression at `x`, and what a network told of `x` adds to it.
 
     `level_range` is that of the noise in training, in units of `z`.
     """
 
     net: Told
     standardise: Standardise
-    regression: Regression
+    regression: AbstractRegression
     levels: tuple[float, float] = eqx.field(static=True)
 
     @property
@@ -103,7 +246,7 @@ class Amortised(AbstractDenoiser):
         return self.levels
 
     def moments(self, context: Observed) -> Moments:
-        """Gaussian moments of `z` given `x`, by the regression."""
+        """Moments of `z` given `x`, by the regression: what the network is whitened by."""
         return self.regression.moments(self.standardise(context.x).ravel(), context.known)
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
@@ -112,8 +255,11 @@ class Amortised(AbstractDenoiser):
                 f"context must be an Observed, got {type(context).__name__}: take "
                 "posterior.condition(x_o), or posterior.context(x_o)"
             )
-        told = self.net(self.standardise(context.x), context)
-        return Network(self.net.mlp, self.moments(context))(x, sigma, told)
+        standardised = self.standardise(context.x)
+        told = self.net(standardised, context)
+        network = Network(self.net.mlp, self.moments(context))
+        known = self.regression.denoise(x, sigma, standardised.ravel(), context.known)
+        return known + network.residual(x, sigma, told)
 
 
 class ConditionalLoss(AbstractLoss):

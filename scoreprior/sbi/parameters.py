@@ -4,8 +4,9 @@ A prior is a NumPyro distribution or a NumPyro model with latent sites only. Its
 arrays or dicts of arrays; `z` [size] holds the sites one after another, each in coordinates of its
 own. Where the site's law is a map `T` of a standard normal, `theta = T(z)` and `z ~ N(0, I)`
 exactly, edges and all: a conditional law counts too, so a model of such sites has `z ~ N(0, I)`
-however its sites depend on one another. Other sites take NumPyro's bijection from real numbers to
-their support.
+however its sites depend on one another. Uniform sites, and maps of them, have coordinates that are
+straight inside the box, and `z` is uniform with soft edges, of variance one (`sbi.SoftUniform`).
+Other sites take NumPyro's bijection from real numbers to their support.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, PyTree
@@ -24,10 +26,11 @@ from numpyro.primitives import Messenger
 
 from scoreprior._typing import Context, Event, Key, Scalar, Sigma
 from scoreprior._util import size_of
-from scoreprior.denoise import AbstractDenoiser, Gaussian
+from scoreprior.denoise import AbstractDenoiser, BlurredUniform, Gaussian
 from scoreprior.gaussian import Moments
 from scoreprior.sbi.laws import law_of
-from scoreprior.sbi.transforms import gaussianise
+from scoreprior.sbi.soft import BLUR, HALF
+from scoreprior.sbi.transforms import gaussianise, soften
 
 THETA = "theta"
 """The name of the only site of a prior that is a distribution."""
@@ -54,7 +57,11 @@ class Chart(NamedTuple):
     """Coordinates of one site: `transform` takes the site's part of `z` to its value."""
 
     transform: Transform
-    is_gaussian: bool  # the part of z is N(0, I) given the sites before
+    edges: tuple[float, float] | None
+    """Of the part of `z`, given the sites before: it is `U(-a, a) + b N(0, I)`, if known."""
+
+
+NORMAL, BOX = (0.0, 1.0), (HALF, BLUR)
 
 
 class _Walk(NamedTuple):
@@ -71,8 +78,8 @@ class Parameters(eqx.Module):
 
     `names` are the latent sites in the order of `z`, `("theta",)` for a distribution, and `shapes`
     those of their parts of `z`. `law` is the denoiser of `z` under the prior, in closed form:
-    `N(0, I)` where every site is a map of a normal, the mixture itself for a mixture of Gaussians;
-    `None` where it is not known.
+    `N(0, I)` where every site is a map of a normal, a box with soft edges where some are uniform
+    instead, the mixture itself for a mixture of Gaussians; `None` where it is not known.
     """
 
     model: Callable[[], Any] = eqx.field(static=True)
@@ -173,7 +180,7 @@ class Parameters(eqx.Module):
             log_dets[name] = jnp.sum(chart.transform.log_abs_det_jacobian(z[name], theta[name]))
             log_probs[name] = (
                 jnp.sum(jax.scipy.stats.norm.logpdf(z[name]))
-                if chart.is_gaussian
+                if chart.edges == NORMAL
                 else jnp.sum(fn.log_prob(theta[name])) + log_dets[name]
             )
             return theta[name]
@@ -234,12 +241,13 @@ class _Refuse(Messenger):
 
 
 def _chart(fn: dist.Distribution) -> Chart:
-    transform = gaussianise(fn)
-    if transform is not None:
-        return Chart(transform, True)
+    if (transform := soften(fn)) is not None:
+        return Chart(transform, BOX)
+    if (transform := gaussianise(fn)) is not None:
+        return Chart(transform, NORMAL)
     if _is_real(fn.support):
-        return Chart(IdentityTransform(), False)
-    return Chart(biject_to(fn.support), False)
+        return Chart(IdentityTransform(), None)
+    return Chart(biject_to(fn.support), None)
 
 
 def _is_real(support: Any) -> bool:
@@ -254,9 +262,13 @@ def _law(
     shapes: dict[str, tuple[int, ...]],
 ) -> AbstractDenoiser | None:
     """The denoiser of `z`, where it is known."""
-    if all(chart.is_gaussian for chart in charts.values()):
-        size = sum(map(size_of, shapes.values()))
-        return Gaussian(Moments(jnp.zeros(size), jnp.ones(size)))
+    edges = [chart.edges for chart in charts.values()]
+    if None not in edges:
+        sizes = [size_of(shapes[name]) for name in charts]
+        half, blur = jnp.asarray(np.repeat(np.array(edges), sizes, axis=0).T)
+        if set(edges) == {NORMAL}:
+            return Gaussian(Moments(half, blur))
+        return BlurredUniform(-half, half, blur)
     (name, fn), *others = sites.items()
     if others or fn.batch_shape or not isinstance(charts[name].transform, IdentityTransform):
         return None

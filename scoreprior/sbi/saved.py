@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from scoreprior._typing import PyTree
 from scoreprior.io import codec, files
-from scoreprior.sbi.conditional import Amortised, Regression, Told
+from scoreprior.sbi.conditional import Amortised, BoxRegression, Regression, Told
 from scoreprior.sbi.embed import Flat, SetEncoder, Standardise
 from scoreprior.sbi.parameters import Parameters
 from scoreprior.train import History
@@ -94,7 +94,10 @@ def amortised_parts(denoiser: Any, max_items: int | None) -> dict[str, Any]:
         "mlp": net.mlp,
         "null": net.null,
         "embedding": _describe(net.embedding, denoiser.standardise, max_items),
-        "regression": tuple(getattr(regression, name) for name in _fields(Regression)),
+        "regression": (
+            type(regression).__name__,
+            *(getattr(regression, name) for name in _fields(type(regression))),
+        ),
         "levels": denoiser.levels,
     }
 
@@ -108,7 +111,9 @@ def amortised(
     """The `Amortised` of the parts, with the saved weights in the user's `embedding`."""
     embedding = _rebuild(parts["embedding"], standardise, max_items, embedding)
     net = Told(embedding, parts["mlp"], parts["null"])
-    return Amortised(net, standardise, Regression(*parts["regression"]), parts["levels"])
+    name, *fields = parts["regression"]
+    regression = {kind.__name__: kind for kind in (Regression, BoxRegression)}[name](*fields)
+    return Amortised(net, standardise, regression, parts["levels"])
 
 
 def ranges(standardise: Standardise) -> tuple[Array, ...]:

@@ -1,4 +1,4 @@
-"""Bijections that make a NumPyro distribution standard normal.
+"""Bijections that make a NumPyro distribution standard normal, or a blurred box.
 
 For a continuous law with distribution function `F` on the real line, `theta = F^-1(Phi(z))` has
 that law when `z ~ N(0, 1)` (the probability integral transform; Rosenblatt, Ann. Math. Stat. 23,
@@ -6,6 +6,7 @@ that law when `z ~ N(0, 1)` (the probability integral transform; Rosenblatt, Ann
 Tweedie covariance are known at every level.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from numpyro.distributions.transforms import (
 
 from scoreprior._typing import Array
 from scoreprior.sbi.quantiles import normal_score, quantile
+from scoreprior.sbi.soft import SoftUniform
 from scoreprior.sbi.tails import log_normal
 
 
@@ -87,14 +89,34 @@ def gaussianise(distribution: dist.Distribution) -> Transform | None:
     are known. `None` where none of these exists: mixtures, discrete laws, laws whose draws have
     other dimensions than their Gaussian.
     """
+    return _transform(distribution, ProbabilityIntegral)
+
+
+def soften(distribution: dist.Distribution) -> Transform | None:
+    """As `gaussianise`, for a law made of uniform ones alone, with `SoftUniform` instead.
+
+    `None` for any other law.
+    """
+    leaf = distribution
+    while isinstance(
+        leaf, dist.Independent | dist.ExpandedDistribution | dist.TransformedDistribution
+    ):
+        leaf = leaf.base_dist
+    return _transform(distribution, SoftUniform) if isinstance(leaf, dist.Uniform) else None
+
+
+def _transform(
+    distribution: dist.Distribution, kind: Callable[[dist.Distribution], Transform]
+) -> Transform | None:
+    """The transform of a distribution, that of its scalars by `kind`."""
     if not isinstance(distribution, dist.Distribution):
         raise TypeError(f"distribution must be a NumPyro distribution, got {distribution!r}")
     if isinstance(distribution, dist.Independent):
-        base = gaussianise(distribution.base_dist)
+        base = _transform(distribution.base_dist, kind)
         ndims = distribution.reinterpreted_batch_ndims
         return None if base is None else IndependentTransform(base, ndims)
     if isinstance(distribution, dist.ExpandedDistribution):
-        return gaussianise(distribution.base_dist)
+        return _transform(distribution.base_dist, kind)
     if isinstance(distribution, dist.Normal):
         return AffineTransform(*map(_floating, (distribution.loc, distribution.scale)))
     if isinstance(distribution, dist.MultivariateNormal | dist.LowRankMultivariateNormal):
@@ -104,13 +126,15 @@ def gaussianise(distribution: dist.Distribution) -> Transform | None:
         steps = jnp.tril(jnp.ones((num, num), scale.dtype))
         return LowerCholeskyAffine(jnp.zeros(num, scale.dtype), scale * steps)
     if isinstance(distribution, dist.TransformedDistribution):
-        return _transformed(distribution)
-    return ProbabilityIntegral(distribution) if _has_quantiles(distribution) else None
+        return _transformed(distribution, kind)
+    return kind(distribution) if _has_quantiles(distribution) else None
 
 
-def _transformed(distribution: dist.TransformedDistribution) -> Transform | None:
+def _transformed(
+    distribution: dist.TransformedDistribution, kind: Callable[[dist.Distribution], Transform]
+) -> Transform | None:
     shape = (*distribution.batch_shape, *distribution.event_shape)
-    parts, base = distribution.transforms, gaussianise(distribution.base_dist)
+    parts, base = distribution.transforms, _transform(distribution.base_dist, kind)
     keeps_shape = ComposeTransform(parts).inverse_shape(shape) == shape
     if base is None or not keeps_shape or any(map(_folds, parts)):
         return None
@@ -145,4 +169,4 @@ def _has_quantiles(law: dist.Distribution) -> bool:
     return True
 
 
-__all__ = ["ProbabilityIntegral", "gaussianise"]
+__all__ = ["ProbabilityIntegral", "gaussianise", "soften"]
