@@ -266,7 +266,7 @@ def test_soft_coordinates_have_the_law_of_a_blurred_box(prior):
     slope = jax.jvp(transform, (z,), (jnp.ones_like(z),))[1]
     density = jax.vmap(SOFT.log_prob)(z.ravel()).reshape(z.shape)
     np.testing.assert_allclose(density - jnp.log(slope), prior.log_prob(transform(z)), rtol=1e-8)
-    check_transform(transform, z, atol=1e-9)
+    check_transform(transform, z[1:-1], atol=1e-9)
 
 
 def test_soft_quantiles_are_those_of_uniform_plus_normal():

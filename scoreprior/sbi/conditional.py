@@ -101,6 +101,14 @@ class Regression(AbstractRegression):
     ) -> Float[Array, " size"]:
         return self.moments(features, known).denoise(z, sigma)
 
+    def log_likelihood(
+        self, z: Float[Array, "n size"], features: Float[Array, "n num_features"]
+    ) -> Scalar:
+        """Mean of `log p(z | x)` over pairs, nats."""
+        num = self.weights.shape[1]
+        left = z - features[:, :num] @ self.weights.T - self.bias[None]
+        return jnp.mean(jax.vmap(lambda one: self.residual.log_prob(one, 0.0))(left))
+
 
 class BoxRegression(AbstractRegression):
     """`z | x` for a uniform prior and the likelihood `N(A c + b; z, diag(v))`.
@@ -159,6 +167,14 @@ class BoxRegression(AbstractRegression):
         total = 1 + sigma**2 * precision
         return self.law((z + sigma**2 * precision * point) / total, sigma / jnp.sqrt(total))
 
+    def log_likelihood(
+        self, z: Float[Array, "n size"], features: Float[Array, "n num_features"]
+    ) -> Scalar:
+        """Mean of `log p(z | x)` over pairs, nats."""
+        solution = jnp.concatenate([self.weights.T, self.bias[None]])
+        prior = jnp.mean(jax.vmap(self.law.log_prob)(z))
+        return prior + _log_ratio(self.law, (solution, self.log_variance), z, features)
+
     def _likelihood(self, features: Array, known: Bool[Array, ""] | None) -> tuple[Array, Array]:
         """`A c + b` and `1 / v`, which is zero where the observation is not known."""
         num = self.weights.shape[1]
@@ -171,10 +187,18 @@ class BoxRegression(AbstractRegression):
 def regress(
     z: Float[Array, "n size"], features: Float[Array, "n num_features"], law: Any
 ) -> AbstractRegression:
-    """The regression for a prior of `z` of the known `law`, `None` if it is not known."""
-    if isinstance(law, BlurredUniform):
-        return BoxRegression.fit(z, features, law)
-    return Regression.fit(z, features)
+    """The regression for a prior of `z` of the known `law`, `None` if it is not known.
+
+    That of a box has to be the likelier one, and to say more of every entry than the prior does.
+    Elsewhere a Gaussian with its correlations is the better start: with a box under the network,
+    the two-sample accuracy of `two_moons` is 0.54 instead of 0.52, that of `slcp` 0.88, not 0.86.
+    """
+    gaussian = Regression.fit(z, features)
+    if not isinstance(law, BlurredUniform):
+        return gaussian
+    box = BoxRegression.fit(z, features, law)
+    is_likelier = box.log_likelihood(z, features) > gaussian.log_likelihood(z, features)
+    return box if is_likelier and jnp.all(box.log_variance < 0) else gaussian
 
 
 def _least_squares(z: Array, features: Array) -> tuple[Array, Array]:
@@ -186,18 +210,24 @@ def _least_squares(z: Array, features: Array) -> tuple[Array, Array]:
     return solution, z - design @ solution
 
 
+def _log_ratio(law: BlurredUniform, at: Any, z: Array, features: Array) -> Scalar:
+    """Mean of `log p(z | x) / p(z)`: of `N(m; z, v) / p_tau(m)`, `m = A c + b`."""
+    solution, log_variance = at
+    point = features[:, : len(solution) - 1] @ solution[:-1] + solution[-1][None]
+    scale = jnp.exp(log_variance / 2)
+    log_normal = (
+        -(((z - point) / scale[None]) ** 2 + log_variance[None] + math.log(2 * math.pi)) / 2
+    )
+    log_evidence = jax.vmap(lambda m: law.log_prob(m, scale))(point)
+    return jnp.mean(jnp.sum(log_normal, 1) - log_evidence)
+
+
 @jax.jit
 def _most_likely(law: BlurredUniform, start: Any, z: Array, features: Array) -> Any:
     """`[A b]'` and `log v` of the largest likelihood, by L-BFGS from `start`."""
-    num = len(start[0]) - 1
 
     def loss(at: Any) -> Scalar:
-        solution, log_variance = at
-        point = features[:, :num] @ solution[:-1] + solution[-1][None]
-        scale = jnp.exp(log_variance / 2)
-        distance = ((z - point) / scale[None]) ** 2 + log_variance[None]
-        evidence = jax.vmap(lambda m: law.log_prob(m, scale))(point)
-        return jnp.mean(jnp.sum(distance, 1) / 2 + evidence)
+        return -_log_ratio(law, at, z, features)
 
     optimiser = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
