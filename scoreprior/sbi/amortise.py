@@ -35,9 +35,6 @@ from scoreprior.sbi.parameters import Parameters
 from scoreprior.sbi.posterior import Posterior
 from scoreprior.train import LogUniform, adamw, fit
 
-LEAST_GAIN = 2.0
-"""Of a network over the regression under it, in standard errors of the held-out loss."""
-
 NUM_DRAWS = 8
 """Noises of every held-out simulation by which the two are compared."""
 
@@ -112,18 +109,20 @@ class NPSE(eqx.Module):
         weight_decay: float = 0.1,
         held_out: float = 0.1,
         patience: int | None = None,
+        least_gain: float = 2.0,
         checkpoint: str | Path | None = None,
         progress: bool = True,
     ) -> Posterior:
         """Train, and return the posterior with the weights of the lowest held-out loss.
 
-        Where the network is not better than the regression under it by `LEAST_GAIN` standard errors
+        Where the network is not better than the regression under it by `least_gain` standard errors
         of that loss, it is left out, as it started: the simpler of two models that held-out data do
         not tell apart (Breiman et al., "Classification and regression trees", 1984, section 3.4.3).
         What it would add is noise, the same for all observations, of which a product has `n` times.
 
         **Arguments:** `held_out`, the share of simulations kept for it; `peak` and `weight_decay`
-        of `train.adamw`; `patience`, `checkpoint` and `progress` as in `train.fit`.
+        of `train.adamw`; `least_gain`, minus infinity to keep the network always;
+        `patience`, `checkpoint` and `progress` as in `train.fit`.
         """
         check_count("num_steps", num_steps)
         split_key, init, train = jax.random.split(key, 3)
@@ -148,7 +147,7 @@ class NPSE(eqx.Module):
         found = trained.denoiser
         contexts, draw = self._contexts(self.x[out]), DrawContext(self.drop)
         gain = np.asarray(gains(denoiser, found, self.z[out], contexts, draw, train), float)
-        if gain.mean() < LEAST_GAIN * gain.std() / math.sqrt(len(gain)):
+        if gain.mean() < least_gain * gain.std() / math.sqrt(len(gain)):
             found = denoiser
         return Posterior(
             parameters=self.parameters,

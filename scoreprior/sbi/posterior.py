@@ -242,13 +242,20 @@ def _moments(flow: Flow, num: int) -> Moments:
 
     Few draws of many parameters are shrunk towards equal variances, which others need not be.
 
-    Twice: draws of a law off the centre of the first `flow` stay short of it by a few hundredths of
-    the distance, which the noise at `sigma_max` does not cover.
+    Draws of a law that is off the centre `m` of the flow stop short of it, since the noise at
+    `sigma_max` is centred there too: where `C` is its covariance, by the share
+
+        rho = ((C + sigma_min^2) / (C + sigma_max^2))^(1/2)
+
+    of the way, for which the mean makes up. Once more from there, for laws that are not Gaussian.
     """
     noise = _matched_noise(num, flow.event_shape, flow.moments.mean.dtype)
     structure = Dense(0.0 if num > 2 * flow.moments.size else None)
     for _ in range(2):
-        own = structure.fit(jax.vmap(flow.to_data)(noise))
+        own, center = structure.fit(jax.vmap(flow.to_data)(noise)), flow.moments.mean
+        rho = own.scales(flow.sigma_min) / own.scales(flow.sigma_max)
+        mean = center + own.apply(1 / (1 - rho), own.mean - center)
+        own = eqx.tree_at(lambda m: m.mean, own, mean)
         flow = eqx.tree_at(lambda f: f.moments, flow, own)
     return own
 
