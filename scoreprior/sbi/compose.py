@@ -207,11 +207,11 @@ def _check_for_batches(weight: AbstractWeight | None, control: AbstractControl |
 
 def _split(product: Product) -> tuple[Stack[Factor], ...]:
     """The factors of the posteriors, which are of one kind, and those of the priors."""
-    n, laws, exponents = product.num_observations, product.priors, product.exponents
-    parts = [Composition(laws[:n], exponents[:n])]
-    if len(laws) > n:
-        parts.append(Composition(laws[n:], exponents[n:]))
-    return tuple(stack for part in parts for stack in part.factors())
+    n = product.num_observations
+    first, *rest = product.factors()
+    if first.size > n:  # a prior of the same network stands after the posteriors
+        rest = [first.take(np.arange(n, first.size)), *rest]
+    return (first.take(np.arange(n)), *rest)
 
 
 def _as_prior(law: Any, like: ScorePrior) -> ScorePrior:
