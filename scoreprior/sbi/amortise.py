@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from scoreprior._typing import Key
 from scoreprior._util import check_count, check_positive
+from scoreprior.denoise import AbstractDenoiser
 from scoreprior.nn import ResidualMLP
 from scoreprior.sbi.conditional import (
     Amortised,
@@ -196,7 +197,12 @@ class NPSE(eqx.Module):
 
 @eqx.filter_jit
 def gains(
-    first: Amortised, second: Amortised, z: Array, contexts: Observed, draw: DrawContext, key: Key
+    first: Amortised,
+    second: AbstractDenoiser,
+    z: Array,
+    contexts: Observed,
+    draw: DrawContext,
+    key: Key,
 ) -> Float[Array, " n"]:
     """How much lower the loss of the second is at each simulation, at the same noises."""
     loss = ConditionalLoss(LogUniform(*first.levels))

@@ -257,7 +257,7 @@ def _moments(flow: Flow, num: int) -> Moments:
         mean = center + own.apply(1 / (1 - rho), own.mean - center)
         own = eqx.tree_at(lambda m: m.mean, own, mean)
         flow = eqx.tree_at(lambda f: f.moments, flow, own)
-    return own
+    return flow.moments
 
 
 @eqx.filter_jit
