@@ -90,6 +90,35 @@ def test_moments_of_the_posterior_make_few_steps_enough():
     assert errors[0] > 5 * errors[1]
 
 
+def test_moments_of_many_posteriors_at_once_have_no_error_of_sampling():
+    """Eight draws each, of posteriors up to sixty standard deviations off the prior's centre."""
+    x = X_O + jnp.asarray([[0.0, 0.0, 0.0], [1.0, -0.5, 2.0], [-6.0, 3.0, -4.0]])
+    laws = posterior().condition_all(x, num_pilot=8)
+    for one, law in zip(x, laws, strict=True):
+        mean, covariance = exact(one)
+        sd = jnp.sqrt(jnp.diag(covariance)) / SD
+        found = law.flow.moments
+        np.testing.assert_allclose((found.mean - (mean - LOC) / SD) / sd, 0, atol=1e-3)
+        expected = covariance / jnp.outer(SD, SD)
+        np.testing.assert_allclose(found.covariance(), expected, atol=2e-3 * expected.max())
+    alone = posterior().condition(x[1])
+    z = alone.sample(KEY, (5,))
+    np.testing.assert_allclose(laws[1].log_prob(z), alone.log_prob(z), atol=1e-3)
+
+
+def test_many_observations_are_checked_together():
+    with pytest.raises(ValueError, match="x_o must hold at least one observation, got shape"):
+        posterior().condition_all(jnp.zeros((0, 3)))
+    with pytest.raises(ValueError, match=r"x_o must have shape \(3,\), got \(2,\)"):
+        posterior().condition_all(jnp.zeros((4, 2)))
+    with pytest.raises(ValueError, match="x_o must be finite, got 1 of 6 values"):
+        posterior().condition_all(jnp.zeros((2, 3)).at[0, 0].set(jnp.nan))
+    with pytest.raises(ValueError, match="num_pilot must be"):
+        posterior().condition_all(jnp.zeros((2, 3)), num_pilot=1)
+    with pytest.warns(UserWarning, match="in 2 of 6 features"):
+        posterior().condition_all(jnp.asarray([X_O, X_O.at[:2].set(jnp.array([21.0, -21.0]))]))
+
+
 def test_the_posterior_is_a_prior_of_any_model():
     """`z` under the posterior at one observation, then a second one as a likelihood."""
     law = posterior().condition(X_O)
@@ -150,6 +179,20 @@ def test_the_untrained_network_knows_a_linear_gaussian_model():
     np.testing.assert_allclose(
         np.cov(draws.T) / np.outer(sd, sd), covariance / np.outer(sd, sd), atol=0.05
     )
+
+
+def test_a_network_that_held_out_data_do_not_ask_for_is_left_out():
+    """A linear Gaussian model leaves it nothing to learn; a square in place of a line does."""
+    theta, x = simulations(2000)
+
+    def last(x, **settings):
+        npse = NPSE(PRIOR, (theta, x), width=16, num_blocks=1)
+        found = npse.fit(key=KEY, num_steps=300, peak=5e-3, progress=False, **settings)
+        return float(jnp.abs(found.denoiser.net.mlp.last.weight).max())
+
+    assert last(x) == 0
+    assert last(x, least_gain=-jnp.inf) > 0
+    assert last(x.at[:, 0].set(((x[:, 0] - 1) / 2) ** 2)) > 0
 
 
 BOUND, SLOPE, WIDTH = 2.0, 0.8, 0.9

@@ -236,6 +236,28 @@ def test_tails_wider_than_their_gaussian_widen_the_bridge():
     assert bridge.pull(product.factors(), kept.stack) >= bridge.LEAST_PULL
 
 
+def test_the_pull_is_seen_between_the_axes_too():
+    """Correlated posteriors taken for round: too narrow a Gaussian along one diagonal."""
+    law = Gaussian(Moments.dense(jnp.zeros(2), jnp.asarray([[0.5, 0.06], [0.06, 0.5]])))
+    flow = Flow(law, Moments(jnp.zeros(2), jnp.full(2, 0.5)), sigma_min=SIGMA_MIN, sigma_max=30.0)
+    product = sbi.compose([ScorePrior(flow)] * 100, PRIOR)
+    found = bridge.make_bridge(product.priors, product.exponents.tolist(), 1.0)
+    assert bridge.pull(product.factors(), found.stack) < 0
+    assert product.share < 1
+
+
+def test_the_pull_of_many_is_that_of_some():
+    """Twenty equal posteriors, seen by five."""
+    wide = GaussianMixture.diagonal(
+        jnp.asarray([0.5, 0.5]), jnp.zeros((2, 2)), jnp.asarray([[0.9, 0.9], [0.01, 0.01]])
+    )
+    full = sbi.compose([score_prior(wide)] * 20, PRIOR)
+    exponents = full.exponents.tolist()
+    _, share = bridge.find_bridge(full.priors, exponents, full.factors(), np.arange(5))
+    assert 0 < share < 1
+    assert share == full.share
+
+
 def test_a_posterior_narrower_than_the_noise_of_its_factors_is_exact():
     """The law is the product of noised posteriors, under a quarter of the noise in variance."""
     n, noise = 400, 0.15

@@ -41,6 +41,9 @@ The prior itself is left as it is: so the precision of all is never below the pr
 SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
 """Shares of what an observation adds to the prior's Gaussian: the first that pulls is taken."""
 
+NUM_CHECKED = 256
+"""Posteriors by which the pull of very many is estimated."""
+
 LEAST_PULL = 0.25
 """Towards the centre of `G`, in units of its own pull, at three and six standard deviations."""
 
@@ -54,13 +57,26 @@ class Bridge(NamedTuple):
 
 
 def find_bridge(
-    laws: Sequence[ScorePrior], exponents: Sequence[float], factors: tuple[Stack[Factor], ...]
+    laws: Sequence[ScorePrior],
+    exponents: Sequence[float],
+    factors: tuple[Stack[Factor], ...],
+    rows: np.ndarray | None = None,
 ) -> tuple[Bridge, float] | None:
-    """The bridge of the largest share that pulls inwards, and the share; `None` where none does."""
+    """The bridge of the largest share that pulls inwards, and the share; `None` where none does.
+
+    With `rows`, `factors` are the posteriors, the first of `laws`, and after them the priors: what
+    pulls is estimated from the posteriors at these rows, and the Gaussians about them.
+    """
     # Without a prior's Gaussian there is nothing to widen towards.
     for share in SHARES if min(exponents) < 0 else (1.0,):
         found = make_bridge(laws, exponents, share)
-        if pull(factors, found.stack) >= LEAST_PULL:
+        seen, rest = factors, found.stack
+        if rows is not None:
+            posteriors, *priors = factors
+            n = posteriors.size
+            some = [_thinned(stack, rows, n / len(rows)) for stack in (posteriors, found.stack)]
+            seen, rest = (*some, *priors), found.stack.take(np.arange(n, found.stack.size))
+        if pull(seen, rest) >= LEAST_PULL:
             return found, share
     return None
 
@@ -80,7 +96,7 @@ def make_bridge(
     noise = sigma_min**2 * np.eye(laws[0].flow.moments.size)
     weights = np.asarray(exponents, float)
     means = np.stack([np.asarray(law.flow.moments.mean, float).ravel() for law in laws])
-    covariances = np.stack([np.asarray(law.flow.moments.covariance(), float) for law in laws])
+    covariances = np.stack([np.asarray(_covariance(law.flow.moments), float) for law in laws])
     precisions = np.linalg.inv(covariances + noise)
     num_repaired = 0
     if (weights < 0).any():
@@ -109,11 +125,25 @@ def make_bridge(
     return Bridge(Stack.batched(batched, len(means)), jnp.asarray(log_scale, dtype), num_repaired)
 
 
+def _thinned(stack: Stack[Factor], rows: np.ndarray, scale: float) -> Stack[Factor]:
+    """Those at `rows`, their exponents times `scale`."""
+    taken = stack.take(rows)
+    exponents = scale * taken.map(lambda factor: factor.exponent)
+    return taken.rearrange(
+        lambda factor, exponent: eqx.tree_at(lambda f: f.exponent, factor, exponent), exponents
+    )
+
+
+@eqx.filter_jit
+def _covariance(moments: Moments) -> Array:
+    return moments.covariance()
+
+
 def pull(factors: tuple[Stack[Factor], ...], bridge: Stack[Factor]) -> float:
     """The least pull of the path towards the centre of `G`, in units of the pull of `G`.
 
-    At three and six standard deviations of `G` with the noise of the level, both ways along its
-    axes, at twenty levels.
+    At three and six standard deviations of `G` with the noise of the level, both ways along the
+    axes of the curvature at the centre, at twenty levels.
     """
     last = bridge[bridge.size - 1]
     return float(jnp.min(_pulls((*factors, bridge), last.moments, last.sigma_min)))
@@ -121,20 +151,28 @@ def pull(factors: tuple[Stack[Factor], ...], bridge: Stack[Factor]) -> float:
 
 @eqx.filter_jit
 def _pulls(stacks: tuple[Stack[Factor], ...], center: Moments, sigma_min: Scalar) -> Array:
-    size = center.size
     far = jnp.asarray([-6.0, -3.0, 3.0, 6.0], center.mean.dtype)
-    steps = (far[:, None, None] * jnp.eye(size, dtype=far.dtype)[None]).reshape(-1, size)
     # Of more observations than `sigma_min` allows, the clean variances may be negative.
     low, high = center.scales(sigma_min).min() / 3, 10 * center.scales(sigma_min).max()
     levels = jnp.geomspace(low, high, 20, dtype=far.dtype)
 
-    def one(r: Scalar, step: Array) -> Scalar:
-        u = step.reshape(center.event_shape)
-        z = center.colour(u, jnp.sqrt(r**2 + sigma_min**2))
+    def slope(u: Array, r: Scalar) -> Array:
+        """The gradient of the log density in whitened `u` [size]."""
+        sigma = jnp.sqrt(r**2 + sigma_min**2)
+        z = center.colour(u.reshape(center.event_shape), sigma)
         score = sum_over(stacks, lambda f: f.exponent * f.score(z, r))
-        return -jnp.sum(score * (z - center.mean)) / jnp.sum(u**2)
+        return (center.scales(sigma) * center.basis.analyse(score)).ravel()
 
-    return jax.vmap(lambda r: jax.lax.map(lambda step: one(r, step), steps))(levels)
+    def axes(r: Scalar) -> Array:
+        """Directions of the curvature at the centre [size, size], the weakest among them."""
+        curvature = jax.jacfwd(slope)(jnp.zeros(center.size, far.dtype), r)
+        return jnp.linalg.eigh((curvature + curvature.T) / 2)[1].T
+
+    def at_level(r: Scalar, axes: Array) -> Array:
+        steps = (far[:, None, None] * axes[None]).reshape(-1, center.size)
+        return jax.lax.map(lambda u: -jnp.sum(slope(u, r) * u) / jnp.sum(u**2), steps)
+
+    return jax.vmap(at_level)(levels, jax.lax.map(axes, levels))
 
 
 def _narrowed(precision: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -156,4 +194,4 @@ def _log_normal(x: np.ndarray, precision: np.ndarray) -> float:
     return float(np.linalg.slogdet(precision / (2 * np.pi))[1] - x @ precision @ x) / 2
 
 
-__all__ = ["Bridge", "find_bridge", "make_bridge", "pull"]
+__all__ = ["NUM_CHECKED", "Bridge", "find_bridge", "make_bridge", "pull"]

@@ -32,7 +32,7 @@ from scoreprior.feynman_kac import (
 )
 from scoreprior.flow import Flow, LogRatioTime, Multistep
 from scoreprior.prior import ScorePrior
-from scoreprior.sbi.bridge import find_bridge
+from scoreprior.sbi.bridge import NUM_CHECKED, Bridge, find_bridge
 
 
 class Product(Composition):
@@ -67,7 +67,7 @@ class Product(Composition):
         laws = (*posteriors, *priors)
         self.bridge_stack, self.log_scale, self.num_repaired, self.share = None, None, 0, 0.0
         super().__init__(laws, exponents, validate_args=validate_args)
-        found = find_bridge(laws, exponents, self.factors()) if bridge else None
+        found = self._find_bridge(laws, exponents) if bridge else None
         if found is not None:
             (self.bridge_stack, self.log_scale, self.num_repaired), self.share = found
         elif batch_size is not None:
@@ -75,6 +75,13 @@ class Product(Composition):
                 f"batch_size must be None where posteriors have tails too wide for a bridge, got "
                 f"{batch_size}"
             )
+
+    def _find_bridge(self, laws: Any, exponents: Any) -> tuple[Bridge, float] | None:
+        n = self.num_observations
+        if self.batch_size is None or n <= NUM_CHECKED:
+            return find_bridge(laws, exponents, self.factors())
+        rows = np.random.default_rng(0).choice(n, NUM_CHECKED, replace=False)
+        return find_bridge(laws, exponents, _split(self), rows)
 
     def composed(
         self,
@@ -200,11 +207,11 @@ def _check_for_batches(weight: AbstractWeight | None, control: AbstractControl |
 
 def _split(product: Product) -> tuple[Stack[Factor], ...]:
     """The factors of the posteriors, which are of one kind, and those of the priors."""
-    n, laws, exponents = product.num_observations, product.priors, product.exponents
-    parts = [Composition(laws[:n], exponents[:n])]
-    if len(laws) > n:
-        parts.append(Composition(laws[n:], exponents[n:]))
-    return tuple(stack for part in parts for stack in part.factors())
+    n = product.num_observations
+    first, *rest = product.factors()
+    if first.size > n:  # a prior of the same network stands after the posteriors
+        rest = [first.take(np.arange(n, first.size)), *rest]
+    return (first.take(np.arange(n)), *rest)
 
 
 def _as_prior(law: Any, like: ScorePrior) -> ScorePrior:

@@ -215,9 +215,7 @@ def _log_ratio(law: BlurredUniform, at: Any, z: Array, features: Array) -> Scala
     solution, log_variance = at
     point = features[:, : len(solution) - 1] @ solution[:-1] + solution[-1][None]
     scale = jnp.exp(log_variance / 2)
-    log_normal = (
-        -(((z - point) / scale[None]) ** 2 + log_variance[None] + math.log(2 * math.pi)) / 2
-    )
+    log_normal = jax.scipy.stats.norm.logpdf(z, point, scale[None])
     log_evidence = jax.vmap(lambda m: law.log_prob(m, scale))(point)
     return jnp.mean(jnp.sum(log_normal, 1) - log_evidence)
 
