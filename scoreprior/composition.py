@@ -118,6 +118,8 @@ class Composition(dist.Distribution):
 
     def _weighted(self, value: Array, exponents: Any) -> Array:
         """`sum_i beta_i log q_i(value)`; factors to the power zero are left out."""
+        if not is_traced(exponents):
+            exponents = np.asarray(exponents)  # inside `jax.jit`, an entry of a JAX array is traced
         shape = jnp.shape(value)[: jnp.ndim(value) - self.event_dim]
         total = jnp.zeros(shape, self.exponents.dtype)
         for places, stack in zip(self.places, self.stacks, strict=True):

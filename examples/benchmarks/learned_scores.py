@@ -40,7 +40,7 @@ import numpy as np
 import numpyro
 from common import Progress, arguments, show, write
 from composed_scores import by_langevin, by_score, standard
-from tall_tasks import TASKS, Tall, draw_grid, gaussian_posterior
+from tall_tasks import TASKS, Tall, draw_tables, gaussian_posterior, tabulate
 
 import scoreprior as sp
 from scoreprior import Flow, Moments, ScorePrior, check, sbi
@@ -67,7 +67,7 @@ def trained(name: str, folder: Path, quick: bool) -> tuple[sbi.Posterior, float]
     start = time.perf_counter()
     posterior = sbi.NPSE(task.prior, (theta, x)).fit(
         key=key_fit,
-        checkpoint=folder / f"{name}_{num}.safetensors",
+        checkpoint=folder / f"{name}_{'quick' if quick else num}.safetensors",
         **({"num_steps": 500} if quick else {}),
     )
     return posterior, time.perf_counter() - start
@@ -122,19 +122,26 @@ def by_exact_scores(case: Case, num: int, key: Any, num_steps: int) -> tuple[Any
 
 
 def by_learned(case: Case, num: int, key: Any) -> tuple[Any, float]:
-    """Exact draws of the product of the learned densities, in two dimensions."""
+    """Exact draws of the product of the learned densities, in two dimensions.
+
+    The two modes of `two_moons`, mirror images of each other, have a table each.
+    """
     product = sbi.compose(case.posteriors, case.law)
     log_prob = jax.jit(lambda z: jax.lax.map(product.log_prob, z, batch_size=100))
-    rough, _ = by_ours(case, 400, key, 100)
-    spread = np.ptp(rough, 0)
-    box = np.stack([rough.min(0) - spread / 2, rough.max(0) + spread / 2])
-    rng = np.random.default_rng(0)
-    cells = 150 if case.task == "two_moons" else 50
+    rough, _ = by_ours(case, 400, key, case.steps)
 
     def log_density(points: np.ndarray) -> np.ndarray:
         return np.asarray(log_prob(jnp.asarray(points, rough.dtype)), float)
 
-    return draw_grid(log_density, box, num, rng, cells=cells, depth=12.0), float("nan")
+    has_two = case.task == "two_moons"
+    if has_two:
+        rough = np.where(rough.sum(1, keepdims=True) > 0, rough, -rough[:, ::-1])
+    spread = np.ptp(rough, 0)
+    box = np.stack([rough.min(0) - spread / 2, rough.max(0) + spread / 2])
+    boxes = [box, -box[::-1, ::-1]] if has_two else [box]
+    cells = 100 if len(case.posteriors) == 1 else 40
+    tables = [tabulate(log_density, box, cells=cells, depth=12.0) for box in boxes]
+    return draw_tables(tables, num, np.random.default_rng(0)), float("nan")
 
 
 def _model(case: Case) -> Callable[[], None]:

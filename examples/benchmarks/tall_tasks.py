@@ -6,7 +6,7 @@ Two of the four have Gaussian posteriors. The likelihoods of the others are func
 parameters, so that their posteriors are tables on a fine grid.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,16 +35,22 @@ def gaussian_posterior(
     return x.sum(0) / variance / precision, 1 / precision
 
 
-def draw_grid(
+class Table(NamedTuple):
+    """A density on a plane: its logarithm at the middles of cells of one size."""
+
+    points: np.ndarray  # [cells, 2]
+    logs: np.ndarray
+    width: np.ndarray  # [2]
+
+
+def tabulate(
     log_density: Callable[[np.ndarray], np.ndarray],
     box: np.ndarray,
-    num: int,
-    rng: np.random.Generator,
     *,
     cells: int = NUM_CELLS,
     depth: float = 20.0,
-) -> np.ndarray:
-    """Draws [num, 2] of a density on a plane, uniform within cells.
+) -> Table:
+    """A table of `cells` by `cells`.
 
     `box` [2, 2], lower and upper corners, is narrowed to where the density is above `exp(-depth)`
     of its largest value until that is most of it. The density is to have one region.
@@ -58,11 +64,18 @@ def draw_grid(
         # Two cells more on every side, within the box.
         inner = np.clip([high.min(0) - 2.5 * width, high.max(0) + 2.5 * width], box[0], box[1])
         if ((inner[1] - inner[0]) > 0.7 * (box[1] - box[0])).all():
-            break
+            return Table(points, logs, width)
         box = inner
+
+
+def draw_tables(tables: Sequence[Table], num: int, rng: np.random.Generator) -> np.ndarray:
+    """Draws [num, 2] of a density in several regions, uniform within cells."""
+    points = np.concatenate([table.points for table in tables])
+    widths = np.concatenate([np.broadcast_to(t.width, t.points.shape) for t in tables])
+    logs = np.concatenate([table.logs + np.log(table.width).sum() for table in tables])
     weights = np.exp(logs - logs.max())
     rows = rng.choice(len(points), num, p=weights / weights.sum())
-    return points[rows] + width * (rng.random((num, 2)) - 0.5)
+    return points[rows] + widths[rows] * (rng.random((num, 2)) - 0.5)
 
 
 def conjugate() -> Tall:
@@ -109,7 +122,8 @@ def two_moons() -> Tall:
 
         # All observations are within 0.2 of the point.
         middle = np.array([0.25 - x[:, 0].mean(), x[:, 1].mean()])
-        a, b = draw_grid(log_density, middle + np.array([[-0.4], [0.4]]), num, rng).T
+        table = tabulate(log_density, middle + np.array([[-0.4], [0.4]]))
+        a, b = draw_tables([table], num, rng).T
         a = a * rng.choice([-1.0, 1.0], num)
         return np.stack([a - b, a + b], 1) / np.sqrt(2)
 
@@ -155,10 +169,10 @@ def sir() -> Tall:
 
         # Coarse until the region is found.
         box = np.array([[-5.0, -5.0], [5.0, 5.0]])
-        rough = draw_grid(log_density, box, 1000, rng, cells=100, depth=400.0)
-        spread = rough.max(0) - rough.min(0)
-        box = np.stack([rough.min(0) - spread, rough.max(0) + spread])
-        return np.exp(SIR_CENTRES + SIR_SCALES * draw_grid(log_density, box, num, rng, cells=200))
+        rough = tabulate(log_density, box, cells=100, depth=400.0)
+        box = np.stack([rough.points.min(0), rough.points.max(0)])
+        z = draw_tables([tabulate(log_density, box, cells=200)], num, rng)
+        return np.exp(SIR_CENTRES + SIR_SCALES * z)
 
     return Tall(*_of_benchmark("sir"), exact)
 
