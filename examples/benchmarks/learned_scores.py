@@ -34,6 +34,7 @@ from typing import Any
 # Epidemics that cannot be solved are to be NaN, and left out.
 os.environ.setdefault("EQX_ON_ERROR", "nan")
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,11 +128,10 @@ def by_learned(case: Case, num: int, key: Any) -> tuple[Any, float]:
     The two modes of `two_moons`, mirror images of each other, have a table each.
     """
     product = sbi.compose(case.posteriors, case.law)
-    log_prob = jax.jit(lambda z: jax.lax.map(product.log_prob, z, batch_size=100))
     rough, _ = by_ours(case, 400, key, case.steps)
 
     def log_density(points: np.ndarray) -> np.ndarray:
-        return np.asarray(log_prob(jnp.asarray(points, rough.dtype)), float)
+        return np.asarray(_log_probs(product, jnp.asarray(points, rough.dtype)), float)
 
     has_two = case.task == "two_moons"
     if has_two:
@@ -142,6 +142,11 @@ def by_learned(case: Case, num: int, key: Any) -> tuple[Any, float]:
     cells = 100 if len(case.posteriors) == 1 else 40
     tables = [tabulate(log_density, box, cells=cells, depth=12.0) for box in boxes]
     return draw_tables(tables, num, np.random.default_rng(0)), float("nan")
+
+
+@eqx.filter_jit
+def _log_probs(product: sbi.Product, z: jax.Array) -> jax.Array:
+    return jax.lax.map(product.log_prob, z, batch_size=100)
 
 
 def _model(case: Case) -> Callable[[], None]:
