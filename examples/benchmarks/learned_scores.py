@@ -113,7 +113,8 @@ def by_exact_scores(case: Case, num: int, key: Any, num_steps: int) -> tuple[Any
     """Ours with the exact posterior of every observation."""
     prior_variance, noise = VARIANCES[case.task]
     scale, posteriors = np.sqrt(prior_variance), []
-    levels = {"sigma_min": case.posteriors[0].sigma_min, "sigma_max": case.posteriors[0].sigma_max}
+    first = case.posteriors[0].flow
+    levels = {"sigma_min": first.sigma_min, "sigma_max": first.sigma_max}
     for one in np.asarray(case.x, float):
         mean, variance = gaussian_posterior(one[None], prior_variance, noise)
         moments = Moments.dense(jnp.asarray(mean / scale), variance / scale**2 * jnp.eye(case.size))
