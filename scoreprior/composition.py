@@ -118,6 +118,8 @@ class Composition(dist.Distribution):
 
     def _weighted(self, value: Array, exponents: Any) -> Array:
         """`sum_i beta_i log q_i(value)`; factors to the power zero are left out."""
+        if not is_traced(exponents):
+            exponents = np.asarray(exponents)  # inside `jax.jit`, an entry of a JAX array is traced
         shape = jnp.shape(value)[: jnp.ndim(value) - self.event_dim]
         total = jnp.zeros(shape, self.exponents.dtype)
         for places, stack in zip(self.places, self.stacks, strict=True):
@@ -181,9 +183,7 @@ class Composition(dist.Distribution):
         """How many keep a step from overshooting the narrowest mode."""
         if is_traced(self.exponents) or self._listed() == [1.0]:
             return 1
-        # A step multiplies the distance from a narrow mode by 1 - B (1 - r'^2 / r^2).
-        total = float(np.abs(np.asarray(self.exponents)).sum())
-        return math.ceil(2 * math.log(high / low) / -math.log1p(-min(0.5, 1 / total) + 1e-9))
+        return steps_for(float(np.abs(np.asarray(self.exponents)).sum()), low, high)
 
     def factors(self) -> tuple[Stack[Factor], ...]:
         """The factors of a Feynman-Kac model, stacks of those of a kind."""
@@ -219,6 +219,14 @@ class Composition(dist.Distribution):
             f"Composition(event_shape={self.event_shape}, exponents={exponents}, unnormalised, "
             f"of {list(self.priors)})"
         )
+
+
+def steps_for(pull: float, low: float, high: float) -> int:
+    """How many levels, even in their logarithm, a pull of `pull / r^2` towards a mode needs.
+
+    A step multiplies the distance from a narrow mode by `1 - pull (1 - r'^2 / r^2)`.
+    """
+    return math.ceil(2 * math.log(high / low) / -math.log1p(-min(0.5, 1 / pull) + 1e-9))
 
 
 def compose(factors: Mapping[ScorePrior, float]) -> Composition:
@@ -280,4 +288,4 @@ def _draw(composed: Composed, size: int, key: Key) -> Float[Array, "size *event"
     return state.particles[jax.random.permutation(key_order, rows)[:size]]
 
 
-__all__ = ["Composition", "compose"]
+__all__ = ["Composition", "compose", "steps_for"]

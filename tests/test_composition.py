@@ -230,6 +230,13 @@ def test_a_reference_to_the_power_one_is_not_solved_for():
     np.testing.assert_array_equal(compose({scored: 1.0}).log_ratio(points), np.zeros(3))
 
 
+def test_a_compiled_function_may_hold_a_composition():
+    composition = compose(CASES["product"][0])
+    points = jnp.zeros((3, 2))
+    compiled = jax.jit(lambda x: composition.log_prob(x))(points)
+    np.testing.assert_allclose(compiled, composition.log_prob(points), rtol=1e-10)
+
+
 def small(factors):
     """The same factors with a short flow, for engines that solve it often."""
     flow = {"sigma_max": 10.0, "solver": FixedGrid(8)}

@@ -16,6 +16,7 @@ import scoreprior._run as run_module
 from killing import kill_a_run
 from oracles import A_G, A_M, COV_M, GAUSSIAN, MIXTURE, SD_G, Y_G, Y_M
 from scoreprior import feynman_kac as fk
+from scoreprior._psis import smooth
 from scoreprior.compare import Clusters
 from scoreprior.composition import compose
 from scoreprior.flow import FixedGrid, Flow
@@ -487,3 +488,11 @@ class Broken(TMPD):
 def test_a_weight_that_is_not_a_number_stops_the_run():
     with pytest.raises(FloatingPointError, match="100 of 100 weights.*or Broken a matrix that is"):
         draw(engine=FeynmanKac(Broken(), 50, 2, 20))
+
+
+def test_weights_that_differ_by_rounding_have_no_tail():
+    """In single precision, where exponentials of some of them are equal."""
+    noise = np.random.default_rng(0).normal(size=500)
+    weights, khat = smooth((78 + 1e-5 * noise).astype(np.float32))
+    assert khat == 0
+    np.testing.assert_allclose(weights, 1 / 500, rtol=1e-3)

@@ -234,6 +234,14 @@ def test_tails_wider_than_their_gaussian_widen_the_bridge():
     assert bridge.pull(product.factors(), found.stack) < 0
     kept = bridge.make_bridge(product.priors, product.exponents.tolist(), product.share)
     assert bridge.pull(product.factors(), kept.stack) >= bridge.LEAST_PULL
+    # What the bridge leaves of an observation pulls too.
+    plain = sbi.compose([score_prior(wide)] * 20, PRIOR, bridge=False)
+    with pytest.raises(ValueError, match="num_steps must be at least") as narrow:
+        product.composed(2)
+    with pytest.raises(ValueError, match="num_steps must be at least") as wider:
+        plain.composed(2)
+    least = [int(str(error.value).split()[5]) for error in (narrow, wider)]
+    assert 20 < least[0] < least[1] / 3
 
 
 def test_the_pull_is_seen_between_the_axes_too():

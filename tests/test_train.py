@@ -1,5 +1,6 @@
 """Training: parts of the loss against closed forms, what `fit` learns, errors."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,6 +173,14 @@ def test_early_stopping_keeps_the_best_weights():
     assert result.best_step == 10
     assert result.history.step.tolist() == [10, 20, 30, 40]
     assert np.argmin(result.history.held_out_loss) == 0
+
+
+def test_the_weights_before_training_are_kept_where_it_makes_them_worse():
+    data, held_out = draws(MIXTURE, 256), draws(MIXTURE, 256, jax.random.key(8))
+    trained = quick(mlp_denoiser(), data, num_steps=300, optimiser=optax.adam(3e-3)).denoiser
+    result = quick(trained, data, held_out=held_out, num_steps=20, optimiser=optax.sgd(0.3))
+    assert result.best_step == 0
+    assert eqx.tree_equal(result.denoiser, trained)
 
 
 def test_dequantised_data_are_learnt_in_data_units():

@@ -162,19 +162,22 @@ def _run(chain: fk.Composed, num: int, key: Any) -> fk.FKState:
     return fk.run(chain.model(), fk.Resampling(), num, key)[0]
 
 
-def by_score(kind: Callable[..., Any], num_steps: int, case: Case, num: int, key: Any) -> Any:
+def by_score(kind: Callable[..., Any], num_steps: int, case: Any, num: int, key: Any) -> Any:
     """Draws by the reverse diffusion of a composite score."""
     score = kind(sbi.compose(case.posteriors, standard(case.size), bridge=False))
     start = Moments.dense(jnp.zeros(case.size), jnp.zeros((case.size, case.size)))
-    sigmas = LogGrid(SIGMA_MIN, SIGMA_MAX)(num_steps)
+    first = case.posteriors[0].flow
+    sigmas = LogGrid(first.sigma_min, first.sigma_max)(num_steps)
     draws = sample(score, start, num, key=key, sigmas=sigmas, sampler=Ancestral())
     return np.asarray(draws), float("nan")
 
 
-def by_langevin(case: Case, num: int, key: Any) -> Any:
+def by_langevin(case: Any, num: int, key: Any, *, num_levels: int = 400) -> Any:
     """Draws by annealed Langevin on the path of F-NPSE."""
     score = sbi.FNPSE(sbi.compose(case.posteriors, standard(case.size), bridge=False))
-    draws = sbi.annealed_langevin(score, num, key=key, sigma_max=SIGMA_MAX, sigma_min=SIGMA_MIN)
+    first = case.posteriors[0].flow
+    levels = {"sigma_max": first.sigma_max, "sigma_min": first.sigma_min}
+    draws = sbi.annealed_langevin(score, num, key=key, num_levels=num_levels, **levels)
     return np.asarray(draws), float("nan")
 
 

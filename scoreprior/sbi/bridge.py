@@ -38,7 +38,7 @@ LEAST_GAIN = 1e-3
 The prior itself is left as it is: so the precision of all is never below the prior's.
 """
 
-SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
+SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05)
 """Shares of what an observation adds to the prior's Gaussian: the first that pulls is taken."""
 
 NUM_CHECKED = 256

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from scoreprior._stack import Stack
-from scoreprior.composition import Composition
+from scoreprior.composition import Composition, steps_for
 from scoreprior.denoise.exact import AbstractExact
 from scoreprior.feynman_kac import (
     AbstractControl,
@@ -119,7 +119,14 @@ class Product(Composition):
         return min(sigma_min, narrowest / 3)
 
     def _least_steps(self, low: float, high: float) -> int:
-        return super()._least_steps(low, high) if self.bridge_stack is None else 1
+        if self.bridge_stack is None:
+            return super()._least_steps(low, high)
+        if self.share == 1:
+            return 1
+        # One observation of variance v, at level r, less its Gaussian of variance v_G <= v / share:
+        # r^2 / (v + r^2) - r^2 / (v_G + r^2) is largest where r^2 = sqrt(v v_G).
+        root = math.sqrt(self.share)
+        return steps_for(1 + self.num_observations * (1 - root) / (1 + root), low, high)
 
     def __repr__(self) -> str:
         bridge = "no bridge" if self.bridge_stack is None else f"bridge of share {self.share:g}"

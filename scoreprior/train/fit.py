@@ -20,7 +20,15 @@ from scoreprior.train import checkpoint as files
 from scoreprior.train.augment import Unchanged
 from scoreprior.train.identity import identity
 from scoreprior.train.loss import AbstractLoss
-from scoreprior.train.state import ContextTransform, Data, Run, State, Transform, advance
+from scoreprior.train.state import (
+    ContextTransform,
+    Data,
+    Run,
+    State,
+    Transform,
+    advance,
+    judge_start,
+)
 
 
 class History(NamedTuple):
@@ -35,7 +43,7 @@ class Fit(NamedTuple):
     """A trained denoiser and how it came about."""
 
     denoiser: AbstractDenoiser  # averaged weights at best_step
-    best_step: int
+    best_step: int  # 0 where training found nothing better than what it began with
     history: History
 
 
@@ -94,8 +102,9 @@ def fit(
 
     Every `evaluate_every` steps the loss of the averaged weights is computed on `held_out`
     [m, *event], with the same `num_held_out_draws` noises per event each time; the weights
-    returned are those of the lowest held-out loss (the last ones without `held_out`), and training
-    stops after `patience` evaluations without a new lowest; `patience` needs `held_out`.
+    returned are those of the lowest held-out loss, the weights before training among them (the last
+    ones without `held_out`), and training stops after `patience` evaluations without a new lowest;
+    `patience` needs `held_out`.
 
     **Arguments:** `context`, a pytree with leaves [n, ...], one per event, for conditional
     denoisers; `optimiser`, by default `adamw(num_steps)`; `averaging`, the decay per step of the
@@ -140,6 +149,8 @@ def fit(
         settings = identity(run, state, num_steps, evaluate_every)
         if path.exists():
             state = files.read(path, state, settings)
+    if testing is not None and int(state.step) == 0:
+        state = judge_start(run, state)
     bar = tqdm(total=num_steps, initial=int(state.step), disable=not progress, unit="step")
     with bar:
         for evaluation, end in enumerate(plan):

@@ -81,6 +81,13 @@ class Run(eqx.Module):
 
 
 @eqx.filter_jit
+def judge_start(run: Run, state: State) -> State:
+    """Take the weights before the first step for the best so far; none are where not finite."""
+    loss = held_out_loss(run, state.average).astype(state.best_loss.dtype)
+    return state._replace(best_loss=jnp.where(jnp.isfinite(loss), loss, state.best_loss))
+
+
+@eqx.filter_jit
 def advance(run: Run, state: State, num_steps: int, evaluation: Int[Array, ""]) -> State:
     """Take `num_steps` steps, then evaluate; results go to entry `evaluation` of the history."""
     state, losses = jax.lax.scan(lambda s, _: _step(run, s), state, length=num_steps)
