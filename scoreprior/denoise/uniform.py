@@ -114,34 +114,34 @@ class BlurredUniform(AbstractExact):
     def _is_point(self) -> Array:
         return self.high == self.low
 
-    def _truncated(self, x: Event, sigma: Sigma) -> tuple["Truncated", Array]:
+    def _truncated(self, x: Event, sigma: Sigma | Event) -> tuple["Truncated", Array]:
         above = jnp.sqrt(sigma**2 + self.blur**2)
         # A box of no width has no density; what stands for it is not used.
         high = jnp.where(self._is_point, self.low + 1, self.high)
         return truncated_normal(self.low, high, x, above), above
 
-    def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
+    def __call__(self, x: Event, sigma: Sigma | Event, context: Context = None) -> Event:
         box, above = self._truncated(x, sigma)
         middle = jnp.where(self._is_point, self.low, box.mean)
         return (sigma / above) ** 2 * middle + (self.blur / above) ** 2 * x
 
-    def score(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
+    def score(self, x: Event, sigma: Sigma | Event, context: Context = None) -> Event:
         box, above = self._truncated(x, sigma)
         return jnp.where(self._is_point, (self.low - x) / above**2, box.slope)
 
-    def log_prob(self, x: Event, sigma: Sigma = 0.0) -> Scalar:
+    def log_prob(self, x: Event, sigma: Sigma | Event = 0.0) -> Scalar:
         box, above = self._truncated(x, sigma)
         width = jnp.where(self._is_point, 1.0, self.high - self.low)
         normal = -(((x - self.low) / above) ** 2) / 2 - jnp.log(above) - LOG_SQRT_2_PI
         return jnp.sum(jnp.where(self._is_point, normal, box.log_mass - jnp.log(width)))
 
-    def variance(self, x: Event, sigma: Sigma) -> Event:
+    def variance(self, x: Event, sigma: Sigma | Event) -> Event:
         """Variance of every entry of the clean event given the noisy one."""
         box, above = self._truncated(x, sigma)
         spread = jnp.where(self._is_point, 0.0, box.variance)
         return (sigma * self.blur / above) ** 2 + (sigma / above) ** 4 * spread
 
-    def covariance(self, x: Event, sigma: Sigma) -> Float[Array, "size size"]:
+    def covariance(self, x: Event, sigma: Sigma | Event) -> Float[Array, "size size"]:
         return jnp.diag(self.variance(x, sigma).ravel())
 
     def sample(self, key: Key) -> Event:

@@ -122,8 +122,8 @@ class NPSE(eqx.Module):
         What it would add is noise, the same for all observations, of which a product has `n` times.
 
         **Arguments:** `held_out`, the share of simulations kept for it; `peak` and `weight_decay`
-        of `train.adamw`; `least_gain`, minus infinity to keep the network always;
-        `patience`, `checkpoint` and `progress` as in `train.fit`.
+        of `train.adamw`; `least_gain`, 0 to keep any network that is better at all; `patience`,
+        `checkpoint` and `progress` as in `train.fit`.
         """
         check_count("num_steps", num_steps)
         split_key, init, train = jax.random.split(key, 3)
