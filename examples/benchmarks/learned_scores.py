@@ -140,7 +140,7 @@ def by_learned(case: Case, num: int, key: Any) -> tuple[Any, float]:
     spread = np.ptp(rough, 0)
     box = np.stack([rough.min(0) - spread / 2, rough.max(0) + spread / 2])
     boxes = [box, -box[::-1, ::-1]] if has_two else [box]
-    cells = 100 if len(case.posteriors) == 1 else 40
+    cells = 100 if has_two or len(case.posteriors) == 1 else 40
     tables = [tabulate(log_density, box, cells=cells, depth=12.0) for box in boxes]
     return draw_tables(tables, num, np.random.default_rng(0)), float("nan")
 
