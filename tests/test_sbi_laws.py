@@ -141,8 +141,10 @@ def test_a_blurred_box_is_a_box_with_noise():
     x, sigma = 2 * jax.random.normal(KEYS[4], (2, 2)), 0.4
     box = BlurredUniform(BOX.low, BOX.high, BLUR)
     noise = jnp.sqrt(sigma**2 + BLUR**2)
-    np.testing.assert_allclose(box.log_prob(x, sigma), BOX.log_prob(x, noise), rtol=1e-12)
-    np.testing.assert_allclose(box.score(x, sigma), BOX.score(x, noise), rtol=1e-12)
+    each = lambda method: jax.vmap(lambda low, high, *at: getattr(Uniform(low, high), method)(*at))
+    entries = [jnp.ravel(value) for value in (BOX.low, BOX.high, x, noise)]
+    np.testing.assert_allclose(box.log_prob(x, sigma), each("log_prob")(*entries).sum(), rtol=1e-12)
+    np.testing.assert_allclose(box.score(x, sigma).ravel(), each("score")(*entries), rtol=1e-12)
     point, normal = BlurredUniform(BOX.low, BOX.low, BLUR), Gaussian(Moments(BOX.low, BLUR**2))
     for method in ("__call__", "log_prob", "score", "covariance"):
         ours, truth = (getattr(law, method)(x, sigma) for law in (point, normal))

@@ -252,7 +252,7 @@ def test_integrals_of_different_laws_differ():
 # Boxes with soft edges.
 
 SOFT = BlurredUniform(jnp.asarray(-HALF), jnp.asarray(HALF), jnp.asarray(BLUR))
-EDGES = jnp.array([-4.0, -2.2, -1.9, -1.72, -1.6, -0.5, 0.0, 1e-9, 0.7, 1.7, 1.9, 3.0])
+EDGES = jnp.array([-2.2, -1.9, -1.72, -1.6, -0.5, 0.0, 1e-9, 0.7, 1.7, 1.9, 2.2])
 
 
 @pytest.mark.parametrize(
@@ -262,11 +262,12 @@ EDGES = jnp.array([-4.0, -2.2, -1.9, -1.72, -1.6, -0.5, 0.0, 1e-9, 0.7, 1.7, 1.9
 )
 def test_soft_coordinates_have_the_law_of_a_blurred_box(prior):
     transform = soften(prior)
-    z = jnp.broadcast_to(EDGES.reshape(-1, *[1] * len(prior.batch_shape)), (12, *prior.batch_shape))
+    z = jnp.broadcast_to(EDGES.reshape(-1, *[1] * len(prior.batch_shape)), (11, *prior.batch_shape))
     slope = jax.jvp(transform, (z,), (jnp.ones_like(z),))[1]
     density = jax.vmap(SOFT.log_prob)(z.ravel()).reshape(z.shape)
-    np.testing.assert_allclose(density - jnp.log(slope), prior.log_prob(transform(z)), rtol=1e-8)
-    check_transform(transform, z[1:-1], atol=1e-9)
+    expected = prior.log_prob(transform(z))
+    np.testing.assert_allclose(density - jnp.log(slope), expected, rtol=1e-8, atol=1e-10)
+    check_transform(transform, z, atol=1e-9)
 
 
 def test_soft_quantiles_are_those_of_uniform_plus_normal():
