@@ -52,7 +52,7 @@ class AbstractRegression(eqx.Module):
     def denoise(
         self,
         z: Float[Array, " size"],
-        sigma: Scalar,
+        sigma: Sigma,
         features: Float[Array, " num_features"],
         known: Bool[Array, ""] | None,
     ) -> Float[Array, " size"]:
@@ -80,7 +80,8 @@ class Regression(AbstractRegression):
         solution, residual = _least_squares(z, features)
         covariance = residual.T @ residual / (len(z) - len(solution))
         left = Moments.dense(jnp.zeros(z.shape[1], z.dtype), covariance)
-        return cls(solution[:-1].T, solution[-1], left, prior)
+        weights, bias = solution[:-1].T, solution[-1]
+        return cls(weights=weights, bias=bias, residual=left, prior=prior)
 
     def moments(
         self, features: Float[Array, " num_features"], known: Bool[Array, ""] | None
@@ -95,7 +96,7 @@ class Regression(AbstractRegression):
     def denoise(
         self,
         z: Float[Array, " size"],
-        sigma: Scalar,
+        sigma: Sigma,
         features: Float[Array, " num_features"],
         known: Bool[Array, ""] | None,
     ) -> Float[Array, " size"]:
@@ -123,10 +124,7 @@ class BoxRegression(AbstractRegression):
     bias: Float[Array, " size"]
     log_variance: Float[Array, " size"]
     law: BlurredUniform
-
-    @property
-    def prior(self) -> Moments:
-        return self.law.moments()
+    prior: Moments
 
     @classmethod
     def fit(
@@ -143,23 +141,30 @@ class BoxRegression(AbstractRegression):
         share = jnp.minimum(residual.var(0), 0.99)
         start = (solution / (1 - share), jnp.log(share / (1 - share)))
         (solution, log_variance) = _most_likely(law, start, z[every], features[every])
-        return cls(solution[:-1].T, solution[-1], log_variance, law)
+        return cls(
+            weights=solution[:-1].T,
+            bias=solution[-1],
+            log_variance=log_variance,
+            law=law,
+            prior=law.moments(),
+        )
 
     def moments(
         self, features: Float[Array, " num_features"], known: Bool[Array, ""] | None
     ) -> Moments:
         point, precision = self._likelihood(features, known)
         scale = 1 / jnp.sqrt(precision)
-        prior = self.law.moments()
         some = precision > 0
         scale = jnp.where(some, scale, 1.0)
-        mean = jnp.where(some, self.law(point, scale), prior.mean)
-        return Moments(mean, jnp.where(some, self.law.variance(point, scale), prior.eigenvalues))
+        mean = jnp.where(some, self.law(point, scale), self.prior.mean)
+        return Moments(
+            mean, jnp.where(some, self.law.variance(point, scale), self.prior.eigenvalues)
+        )
 
     def denoise(
         self,
         z: Float[Array, " size"],
-        sigma: Scalar,
+        sigma: Sigma,
         features: Float[Array, " num_features"],
         known: Bool[Array, ""] | None,
     ) -> Float[Array, " size"]:

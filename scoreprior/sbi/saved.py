@@ -111,8 +111,9 @@ def amortised(
     """The `Amortised` of the parts, with the saved weights in the user's `embedding`."""
     embedding = _rebuild(parts["embedding"], standardise, max_items, embedding)
     net = Told(embedding, parts["mlp"], parts["null"])
-    name, *fields = parts["regression"]
-    regression = {kind.__name__: kind for kind in (Regression, BoxRegression)}[name](*fields)
+    name, *values = parts["regression"]
+    kind = {kind.__name__: kind for kind in (Regression, BoxRegression)}[name]
+    regression = kind(**dict(zip(_fields(kind), values, strict=True)))
     return Amortised(net, standardise, regression, parts["levels"])
 
 
