@@ -10,6 +10,7 @@ import pytest
 
 import scoreprior as sp
 from scoreprior.sbi import NPSE, TSNPSE, JointNPSE, JointPosterior, Posterior, SetEncoder
+from scoreprior.sbi.conditional import BoxRegression
 
 pytestmark = pytest.mark.promotes_ranks
 KEY = jax.random.key(5)
@@ -88,6 +89,19 @@ def test_a_posterior_comes_back_bit_for_bit_and_knows_the_prior(tmp_path):
     same(again, posterior, posterior.context(X_O))
     same(again, posterior, posterior.context(X_O)._replace(known=jnp.asarray(False)))
     same_laws(again, posterior, X_O)
+
+
+def test_a_posterior_with_the_regression_of_a_box_comes_back(tmp_path):
+    theta = jax.random.uniform(KEY, (400, 2), minval=-1)
+    x = theta + 0.3 * jax.random.normal(jax.random.fold_in(KEY, 1), theta.shape)
+    box = dist.Uniform(-jnp.ones(2), 1.0).to_event(1)
+    posterior = NPSE(box, (theta, x), **SMALL).fit(key=KEY, **TRAINING)
+    assert isinstance(posterior.denoiser.regression, BoxRegression)
+    posterior.save(tmp_path / "posterior")
+    again = Posterior.load(tmp_path / "posterior", box)
+    same(again, posterior, posterior.context(X_O))
+    with pytest.raises(ValueError, match="prior must be that of training"):
+        Posterior.load(tmp_path / "posterior", dist.Uniform(-jnp.ones(2), 1.1).to_event(1))
 
 
 def test_posteriors_of_sets_come_back_with_their_encoder(tmp_path):
