@@ -112,7 +112,7 @@ class Regression(AbstractRegression):
 
 
 class BoxRegression(AbstractRegression):
-    """`z | x` for a uniform prior and the likelihood `N(A c + b; z, diag(v))`.
+    """`z | x` for a prior of boxes, and normals, and the likelihood `N(A c + b; z, diag(v))`.
 
     Its entries are normal laws cut off by the edges of the prior, `law`, which a Gaussian
     regression and a network would have to learn. `weights` `A` [size, num_features], `bias` `b` and
@@ -140,7 +140,7 @@ class BoxRegression(AbstractRegression):
         # Right for a Gaussian prior of variance one.
         share = jnp.minimum(residual.var(0), 0.99)
         start = (solution / (1 - share), jnp.log(share / (1 - share)))
-        (solution, log_variance) = _most_likely(law, start, z[every], features[every])
+        solution, log_variance = _most_likely(law, start, z[every], features[every])
         return cls(
             weights=solution[:-1].T,
             bias=solution[-1],
