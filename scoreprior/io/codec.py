@@ -19,14 +19,8 @@ from scoreprior._typing import PyTree
 
 PARTS = (
     *(denoise.Calibrated, denoise.Conditioned, denoise.Network, denoise.Rescaled),
-    *(
-        denoise.BlurredUniform,
-        denoise.Empirical,
-        denoise.Gaussian,
-        denoise.GaussianMixture,
-        denoise.Smoothed,
-    ),
-    denoise.Subspace,
+    *(denoise.Empirical, denoise.Gaussian, denoise.GaussianMixture, denoise.Smoothed),
+    *(denoise.BlurredUniform, denoise.Subspace),
     *(denoise.EnergyNetwork, denoise.InnerProduct, denoise.SquaredDistance),
     *(denoise.CleanPrediction, denoise.NoisePrediction, denoise.ScorePrediction),
     *(denoise.VPrediction, denoise.VelocityPrediction),
