@@ -56,7 +56,7 @@ DOORS = {
         "check",
         "cli",
     },
-    "optax": {"mcmc", "train", "vi"},
+    "optax": {"mcmc", "train", "vi", "sbi"},
     "pandas": {"compare"},
     "safetensors": {"io", "train", "mcmc", "infer"},
     "sklearn": {"cli", "check"},
