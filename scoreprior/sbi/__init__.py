@@ -12,8 +12,7 @@ from scoreprior.sbi.scores import FNPSE, GAUSS, JAC, Damped, Sum, annealed_lange
 from scoreprior.sbi.sequential import TSNPSE, Round, Sequential
 from scoreprior.sbi.simulate import Simulations, TooManyFailures, simulate
 from scoreprior.sbi.simulators import AbstractSimulator, BlackBox, Command, JaxSimulator
-from scoreprior.sbi.soft import SoftUniform
-from scoreprior.sbi.transforms import ProbabilityIntegral, gaussianise
+from scoreprior.sbi.transforms import ProbabilityIntegral, SoftUniform, gaussianise
 
 __all__ = [
     "FNPSE",

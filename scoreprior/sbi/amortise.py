@@ -6,7 +6,6 @@ et al., "Compositional score modeling for simulation-based inference", ICML 2023
 language of noise levels of the rest of the library.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,6 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from scoreprior._typing import Key
 from scoreprior._util import check_count, check_positive
-from scoreprior.denoise import AbstractDenoiser
 from scoreprior.nn import ResidualMLP
 from scoreprior.sbi.conditional import (
     Amortised,
@@ -35,9 +33,6 @@ from scoreprior.sbi.embed import Flat, Standardise
 from scoreprior.sbi.parameters import Parameters
 from scoreprior.sbi.posterior import Posterior
 from scoreprior.train import LogUniform, adamw, fit
-
-NUM_DRAWS = 8
-"""Noises of every held-out simulation by which the two are compared."""
 
 
 class NPSE(eqx.Module):
@@ -122,8 +117,7 @@ class NPSE(eqx.Module):
         What it would add is noise, the same for all observations, of which a product has `n` times.
 
         **Arguments:** `held_out`, the share of simulations kept for it; `peak` and `weight_decay`
-        of `train.adamw`; `least_gain`, 0 to keep any network that is better at all; `patience`,
-        `checkpoint` and `progress` as in `train.fit`.
+        of `train.adamw`; `least_gain`, `patience`, `checkpoint` and `progress` as in `train.fit`.
         """
         check_count("num_steps", num_steps)
         split_key, init, train = jax.random.split(key, 3)
@@ -141,18 +135,14 @@ class NPSE(eqx.Module):
             held_out_context=self._contexts(self.x[out]),
             optimiser=adamw(num_steps, peak=peak, weight_decay=weight_decay),
             patience=patience,
+            least_gain=least_gain,
             augment_context=DrawContext(self.drop),
             checkpoint=checkpoint,
             progress=progress,
         )
-        found = trained.denoiser
-        contexts, draw = self._contexts(self.x[out]), DrawContext(self.drop)
-        gain = np.asarray(gains(denoiser, found, self.z[out], contexts, draw, train), float)
-        if gain.mean() < least_gain * gain.std() / math.sqrt(len(gain)):
-            found = denoiser
         return Posterior(
             parameters=self.parameters,
-            denoiser=found,
+            denoiser=trained.denoiser,
             standardise=denoiser.standardise,
             moments=denoiser.regression.prior,
             sigma_min=denoiser.levels[0],
@@ -193,35 +183,6 @@ class NPSE(eqx.Module):
         """Contexts of simulations [n, ...], all of their items and all of them known."""
         mask = jnp.ones(x.shape[:2], bool) if self.takes_sets else None
         return Observed(x, mask, jnp.ones(len(x), bool) if self.drop > 0 else None)
-
-
-@eqx.filter_jit
-def gains(
-    first: Amortised,
-    second: AbstractDenoiser,
-    z: Array,
-    contexts: Observed,
-    draw: DrawContext,
-    key: Key,
-) -> Float[Array, " n"]:
-    """How much lower the loss of the second is at each simulation, at the same noises."""
-    loss = ConditionalLoss(LogUniform(*first.levels))
-
-    def one(args: tuple[Array, Observed, Key]) -> Array:
-        z, context, key = args
-
-        def at(u: Array, key: Key) -> Array:
-            told = draw(jax.random.fold_in(key, 1), context)
-            before, after = (loss(denoiser, z, u, told, key=key) for denoiser in (first, second))
-            return before - after
-
-        level, *keys = jax.random.split(key, 1 + NUM_DRAWS)
-        levels = (
-            jnp.arange(NUM_DRAWS) + jax.random.uniform(level, (NUM_DRAWS,), z.dtype)
-        ) / NUM_DRAWS
-        return jnp.mean(jax.vmap(at)(levels, jnp.stack(keys)))
-
-    return jax.lax.map(one, (z, contexts, jax.random.split(key, len(z))), batch_size=256)
 
 
 def split(key: Key, num: int, held_out: float) -> tuple[Int[Array, " n"], Int[Array, " m"]]:

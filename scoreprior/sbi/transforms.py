@@ -23,12 +23,41 @@ from numpyro.distributions.transforms import (
 )
 
 from scoreprior._typing import Array
+from scoreprior.sbi import soft
 from scoreprior.sbi.quantiles import normal_score, quantile
-from scoreprior.sbi.soft import SoftUniform
 from scoreprior.sbi.tails import log_normal
 
 
-class ProbabilityIntegral(Transform):
+class _OfLaw(Transform):
+    """A bijection from real numbers to the support of `law`, entry by entry."""
+
+    domain = constraints.real
+
+    def __init__(self, law: dist.Distribution):
+        self.law = law
+
+    @property
+    def codomain(self) -> Any:
+        return self.law.support
+
+    @property
+    def sign(self) -> float:
+        return 1.0
+
+    def tree_flatten(self) -> Any:
+        return (self.law,), (("law",), {})
+
+    def eq(self, other: object, static: bool = False) -> Any:
+        if not isinstance(other, type(self)):
+            return False
+        (mine, mine_of), (its, its_of) = jax.tree.flatten(self.law), jax.tree.flatten(other.law)
+        if mine_of != its_of:
+            return False
+        same = [jnp.array_equal(a, b) for a, b in zip(mine, its, strict=True)]
+        return all(map(bool, same)) if static else jnp.all(jnp.array(same))
+
+
+class ProbabilityIntegral(_OfLaw):
     """`theta = F^-1(Phi(z))`, entry by entry, for `F` the distribution function of `law`.
 
     `log |dtheta/dz| = log N(z; 0, 1) - log p(theta)`. The inverse `Phi^-1(F(theta))` is infinite at
@@ -45,19 +74,6 @@ class ProbabilityIntegral(Transform):
     **Arguments:** `law`, a continuous NumPyro distribution of scalars, of any batch shape.
     """
 
-    domain = constraints.real
-
-    def __init__(self, law: dist.Distribution):
-        self.law = law
-
-    @property
-    def codomain(self) -> Any:
-        return self.law.support
-
-    @property
-    def sign(self) -> float:
-        return 1.0
-
     def __call__(self, x: Any) -> Array:
         return quantile(self.law, _floating(x))
 
@@ -68,17 +84,36 @@ class ProbabilityIntegral(Transform):
     def log_abs_det_jacobian(self, x: Any, y: Any, intermediates: Any = None) -> Array:
         return log_normal(_floating(x)) - self.law.log_prob(y)
 
-    def tree_flatten(self) -> Any:
-        return (self.law,), (("law",), {})
 
-    def eq(self, other: object, static: bool = False) -> Any:
-        if not isinstance(other, ProbabilityIntegral):
-            return False
-        (mine, mine_of), (its, its_of) = jax.tree.flatten(self.law), jax.tree.flatten(other.law)
-        if mine_of != its_of:
-            return False
-        same = [jnp.array_equal(a, b) for a, b in zip(mine, its, strict=True)]
-        return all(map(bool, same)) if static else jnp.all(jnp.array(same))
+class SoftUniform(_OfLaw):
+    """From `z` of law `U(-a, a) + b N(0, 1)` to a uniform `law`, entry by entry.
+
+    Straight inside the box and soft at its edges: `theta = low + (high - low) F(z)`, with `F` the
+    distribution function of `z`, `b = 0.1`, and `a` such that the variance is one. The prior of `z`
+    is `denoise.BlurredUniform`. In Gaussian coordinates a likelihood of one width everywhere has a
+    width that depends on where it is, and a network must learn that; here it does not, but for `b`
+    of the edges.
+
+    The inverse is infinite at the ends of the support and NaN beyond them. Where `theta` is too
+    close to an end for its dtype, it rounds to the end, and the way back is infinite.
+
+    **Arguments:** `law`, a `Uniform` of any batch shape.
+    """
+
+    def __call__(self, x: Any) -> Array:
+        x = _floating(x)
+        part = (self.law.high - self.law.low) * soft.share_of(x)
+        return jnp.where(x < 0, self.law.low + part, self.law.high - part)
+
+    def _inverse(self, y: Any) -> Array:
+        y = _floating(y)
+        below, above = y - self.law.low, self.law.high - y
+        is_low = below < above
+        z = soft.from_share(jnp.where(is_low, below, above) / (self.law.high - self.law.low))
+        return jnp.where(self.law.support(y), jnp.where(is_low, z, -z), jnp.nan)
+
+    def log_abs_det_jacobian(self, x: Any, y: Any, intermediates: Any = None) -> Array:
+        return soft.log_density(_floating(x)) + jnp.log(self.law.high - self.law.low)
 
 
 def gaussianise(distribution: dist.Distribution) -> Transform | None:
@@ -169,4 +204,4 @@ def _has_quantiles(law: dist.Distribution) -> bool:
     return True
 
 
-__all__ = ["ProbabilityIntegral", "gaussianise", "soften"]
+__all__ = ["ProbabilityIntegral", "SoftUniform", "gaussianise", "soften"]

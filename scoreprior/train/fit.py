@@ -27,7 +27,7 @@ from scoreprior.train.state import (
     State,
     Transform,
     advance,
-    judge_start,
+    held_out_losses,
 )
 
 
@@ -91,6 +91,7 @@ def fit(
     averaging: float = 0.999,
     evaluate_every: int = 250,
     patience: int | None = None,
+    least_gain: float = 0.0,
     dequantise: Transform = Unchanged(),  # noqa: B008
     augment: Transform = Unchanged(),  # noqa: B008
     augment_context: ContextTransform = Unchanged(),  # noqa: B008
@@ -102,9 +103,10 @@ def fit(
 
     Every `evaluate_every` steps the loss of the averaged weights is computed on `held_out`
     [m, *event], with the same `num_held_out_draws` noises per event each time; the weights
-    returned are those of the lowest held-out loss, the weights before training among them (the last
-    ones without `held_out`), and training stops after `patience` evaluations without a new lowest;
-    `patience` needs `held_out`.
+    returned are those of the lowest held-out loss (the last ones without `held_out`), and training
+    stops after `patience` evaluations without a new lowest; `patience` needs `held_out`. Where they
+    are not better by `least_gain` standard errors, of the mean difference over held-out events,
+    than the weights before training, those are returned.
 
     **Arguments:** `context`, a pytree with leaves [n, ...], one per event, for conditional
     denoisers; `optimiser`, by default `adamw(num_steps)`; `averaging`, the decay per step of the
@@ -149,8 +151,6 @@ def fit(
         settings = identity(run, state, num_steps, evaluate_every)
         if path.exists():
             state = files.read(path, state, settings)
-    if testing is not None and int(state.step) == 0:
-        state = judge_start(run, state)
     bar = tqdm(total=num_steps, initial=int(state.step), disable=not progress, unit="step")
     with bar:
         for evaluation, end in enumerate(plan):
@@ -166,7 +166,22 @@ def fit(
                 files.write(path, state, settings)
             bar.update(num)
             bar.set_postfix(_report(state, evaluation), refresh=False)
-    return Fit(run.build(state.best), int(state.best_step), _history(state, plan))
+    history = _history(state, plan)
+    if testing is not None and not _is_better(run, state, least_gain):
+        return Fit(denoiser, 0, history)
+    return Fit(run.build(state.best), int(state.best_step), history)
+
+
+def _is_better(run: Run, state: State, least_gain: float) -> bool:
+    """Whether training has lowered the held-out loss, by `least_gain` standard errors."""
+    before, after = (
+        np.asarray(held_out_losses(run, params), float) for params in (run.params(), state.best)
+    )
+    gain = before - after
+    # An untrained network may be infinitely wrong.
+    if not np.isfinite(before).all():
+        return True
+    return not gain.mean() < least_gain * gain.std() / math.sqrt(len(gain))
 
 
 def _plan(num_steps: int, evaluate_every: int) -> list[int]:

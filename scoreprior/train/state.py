@@ -81,13 +81,6 @@ class Run(eqx.Module):
 
 
 @eqx.filter_jit
-def judge_start(run: Run, state: State) -> State:
-    """Take the weights before the first step for the best so far; none are where not finite."""
-    loss = held_out_loss(run, state.average).astype(state.best_loss.dtype)
-    return state._replace(best_loss=jnp.where(jnp.isfinite(loss), loss, state.best_loss))
-
-
-@eqx.filter_jit
 def advance(run: Run, state: State, num_steps: int, evaluation: Int[Array, ""]) -> State:
     """Take `num_steps` steps, then evaluate; results go to entry `evaluation` of the history."""
     state, losses = jax.lax.scan(lambda s, _: _step(run, s), state, length=num_steps)
@@ -95,7 +88,7 @@ def advance(run: Run, state: State, num_steps: int, evaluation: Int[Array, ""]) 
     state = state._replace(train_losses=state.train_losses.at[evaluation].set(train_loss))
     if run.held_out is None:
         return state._replace(best=state.average, best_step=state.step)
-    loss = held_out_loss(run, state.average).astype(state.best_loss.dtype)
+    loss = jnp.mean(held_out_losses(run, state.average)).astype(state.best_loss.dtype)
     better = loss < state.best_loss
     return state._replace(
         held_out_losses=state.held_out_losses.at[evaluation].set(loss),
@@ -142,8 +135,9 @@ def _augmented(run: Run, key: Key, context: Any) -> Any:
     return run.augment_context(jax.random.fold_in(key, _CONTEXT_STREAM), context)
 
 
-def held_out_loss(run: Run, params: PyTree[Array]) -> Scalar:
-    """Mean loss over the held-out events, with the same draws at every call."""
+@eqx.filter_jit
+def held_out_losses(run: Run, params: PyTree[Array]) -> Float[Array, " m"]:
+    """The loss of every held-out event, with the same draws at every call."""
     if run.held_out is None:
         raise ValueError("held_out must be given to compute a held-out loss")
     denoiser = run.build(params)
@@ -163,8 +157,7 @@ def held_out_loss(run: Run, params: PyTree[Array]) -> Scalar:
 
     # No step has a negative number, so these draws are independent of the training's.
     keys = jax.random.split(jax.random.fold_in(run.key, jnp.uint32(2**32 - 1)), num)
-    losses = jax.lax.map(one, (run.held_out, keys), batch_size=min(num, run.batch_size))
-    return jnp.mean(losses)
+    return jax.lax.map(one, (run.held_out, keys), batch_size=min(num, run.batch_size))
 
 
 def _stratified(key: Key, num: int, dtype: Any) -> Float[Array, " num"]:
