@@ -203,14 +203,6 @@ def test_k_hat_is_the_shape_of_a_pareto_tail(shape):
         np.testing.assert_allclose(np.log(weights), theirs - np.log(np.exp(theirs).sum()), atol=0.2)
 
 
-def test_weights_that_differ_by_rounding_have_no_tail():
-    rng = np.random.default_rng(0)
-    log_weights = (np.float32(-120.0) + 1e-5 * rng.integers(0, 2, 1000)).astype(np.float32)
-    found, weights = diagnose(log_weights)
-    assert found["khat"][1] == 0
-    np.testing.assert_allclose(weights, 1e-3)
-
-
 # Two modes: the likelihood of a Gaussian prior is a mixture of Gaussians in the first entry.
 MODES, MASSES, WIDTH = jnp.array([-3.0, 3.0]), jnp.array([0.75, 0.25]), 0.4
 
