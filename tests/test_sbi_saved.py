@@ -14,7 +14,13 @@ from scoreprior.sbi.conditional import BoxRegression
 
 pytestmark = pytest.mark.promotes_ranks
 KEY = jax.random.key(5)
-TRAINING = {"num_steps": 3, "batch_size": 16, "peak": 0.05, "progress": False}
+TRAINING = {
+    "num_steps": 3,
+    "batch_size": 16,
+    "peak": 0.05,
+    "surrogate": None,
+    "progress": False,
+}
 SMALL = {"width": 8, "num_blocks": 1}
 X_O = jnp.array([0.5, -0.2])
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from scoreprior._typing import Key
 from scoreprior._util import check_count, check_positive
 from scoreprior.nn import ResidualMLP
+from scoreprior.nn.embed import Dropout
 from scoreprior.sbi.conditional import (
     Amortised,
     ConditionalLoss,
@@ -32,7 +33,8 @@ from scoreprior.sbi.conditional import (
 from scoreprior.sbi.embed import Flat, Standardise
 from scoreprior.sbi.parameters import Parameters
 from scoreprior.sbi.posterior import Posterior
-from scoreprior.train import LogUniform, adamw, fit
+from scoreprior.sbi.surrogate import Surrogate
+from scoreprior.train import Fit, LogUniform, adamw, fit
 
 
 class NPSE(eqx.Module):
@@ -106,47 +108,89 @@ class NPSE(eqx.Module):
         held_out: float = 0.1,
         patience: int | None = None,
         least_gain: float = 2.0,
+        surrogate: Surrogate | None = Surrogate(),  # noqa: B008
         checkpoint: str | Path | None = None,
         progress: bool = True,
     ) -> Posterior:
         """Train, and return the posterior with the weights of the lowest held-out loss.
+
+        Training begins with pairs of a likelihood fitted to the simulations, `surrogate`, and goes
+        on with the simulations: see `Surrogate`, of which sets have none, nor have observations of
+        many values. `None` is for simulations alone, half the time, and for those whose `theta` is
+        not from the prior.
 
         Where the network is not better than the regression under it by `least_gain` standard errors
         of that loss, it is left out, as it started: the simpler of two models that held-out data do
         not tell apart (Breiman et al., "Classification and regression trees", 1984, section 3.4.3).
         What it would add is noise, the same for all observations, of which a product has `n` times.
 
-        **Arguments:** `held_out`, the share of simulations kept for it; `peak` and `weight_decay`
-        of `train.adamw`; `least_gain`, `patience`, `checkpoint` and `progress` as in `train.fit`.
+        **Arguments:** `num_steps`, of each part; `held_out`, the share of simulations kept for the
+        loss; `peak` and `weight_decay` of `train.adamw`; `least_gain`, `patience`, `checkpoint` and
+        `progress` as in `train.fit`, the first part with a checkpoint of its own beside the other.
         """
         check_count("num_steps", num_steps)
         split_key, init, train = jax.random.split(key, 3)
         within, out = split(split_key, len(self.z), held_out)
-        denoiser = self._start(self.z[within], self.x[within], init)
-        trained = fit(
+        start = self._start(self.z[within], self.x[within], init)
+        loss = ConditionalLoss(LogUniform(*start.levels))
+
+        def train_on(denoiser: Any, z: Array, x: Array, key: Key, **settings: Any) -> Fit:
+            return fit(
+                denoiser,
+                z,
+                loss,
+                key=key,
+                num_steps=num_steps,
+                batch_size=batch_size,
+                context=self._contexts(x),
+                held_out=self.z[out],
+                held_out_context=self._contexts(self.x[out]),
+                patience=patience,
+                augment_context=DrawContext(self.drop),
+                progress=progress,
+                **settings,
+            )
+
+        denoiser, made = start, None
+        if surrogate is not None and not self.takes_sets:
+            made = surrogate.pairs(
+                self.parameters,
+                start.standardise,
+                (self.z[within], self.z[out]),
+                (self.x[within], self.x[out]),
+                num_steps=num_steps,
+                num_pairs=num_steps * batch_size,
+                key=jax.random.fold_in(train, 1),
+            )
+        if made is not None:
+            # There are enough of these: no network learns them by heart.
+            taught = train_on(
+                _with_dropout(start, 0.0),
+                *made,
+                jax.random.fold_in(train, 2),
+                optimiser=adamw(num_steps, peak=peak),
+                least_gain=least_gain,
+                checkpoint=None if checkpoint is None else beside(checkpoint),
+            )
+            denoiser = _with_dropout(taught.denoiser, self.dropout)
+            # Of two networks the better one is taken, by however little.
+            least_gain = least_gain if taught.best_step == 0 else min(least_gain, 0.0)
+        trained = train_on(
             denoiser,
             self.z[within],
-            ConditionalLoss(LogUniform(*denoiser.levels)),
-            key=train,
-            num_steps=num_steps,
-            batch_size=batch_size,
-            context=self._contexts(self.x[within]),
-            held_out=self.z[out],
-            held_out_context=self._contexts(self.x[out]),
+            self.x[within],
+            train,
             optimiser=adamw(num_steps, peak=peak, weight_decay=weight_decay),
-            patience=patience,
             least_gain=least_gain,
-            augment_context=DrawContext(self.drop),
             checkpoint=checkpoint,
-            progress=progress,
         )
         return Posterior(
             parameters=self.parameters,
             denoiser=trained.denoiser,
-            standardise=denoiser.standardise,
-            moments=denoiser.regression.prior,
-            sigma_min=denoiser.levels[0],
-            sigma_max=denoiser.levels[1],
+            standardise=start.standardise,
+            moments=start.regression.prior,
+            sigma_min=start.levels[0],
+            sigma_max=start.levels[1],
             max_items=self.x.shape[1] if self.takes_sets else None,
             can_drop=self.drop > 0,
             history=trained.history,
@@ -183,6 +227,26 @@ class NPSE(eqx.Module):
         """Contexts of simulations [n, ...], all of their items and all of them known."""
         mask = jnp.ones(x.shape[:2], bool) if self.takes_sets else None
         return Observed(x, mask, jnp.ones(len(x), bool) if self.drop > 0 else None)
+
+
+def _with_dropout(denoiser: Any, rate: float) -> Any:
+    """A denoiser with another dropout in its network; that of the embedding stays."""
+
+    def is_dropout(node: Any) -> bool:
+        return isinstance(node, Dropout)
+
+    mlp = jax.tree.map(
+        lambda node: Dropout(rate) if is_dropout(node) else node,
+        denoiser.net.mlp,
+        is_leaf=is_dropout,
+    )
+    return eqx.tree_at(lambda d: d.net.mlp, denoiser, mlp)
+
+
+def beside(checkpoint: str | Path) -> Path:
+    """Where the first part of training has its checkpoint."""
+    path = Path(checkpoint)
+    return path.with_name(f"{path.stem}_surrogate{path.suffix}")
 
 
 def split(key: Key, num: int, held_out: float) -> tuple[Int[Array, " n"], Int[Array, " m"]]:

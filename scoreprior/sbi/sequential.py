@@ -88,7 +88,8 @@ class TSNPSE(eqx.Module):
     mass that a region may leave out; `tolerance`, below which change from one round to the next
     the rounds stop: the sliced Wasserstein distance of the posteriors in standard deviations, with
     the same noise for both, so that equal posteriors have distance zero. `None` takes all rounds.
-    `settings` of `NPSE`, `training` of `NPSE.fit`.
+    `settings` of `NPSE`, `training` of `NPSE.fit`; no `surrogate` unless it says so, which would
+    draw from the whole prior.
     """
 
     prior: dist.Distribution | Callable[[], Any]
@@ -114,6 +115,7 @@ class TSNPSE(eqx.Module):
         Raises `RuntimeError` where a region holds less than one prior draw in 100,000.
         """
         parameters = Parameters.of(self.prior)
+        training: dict[str, Any] = {"surrogate": None} | self.training
         region: Region | None = None
         thetas: list[Any] = []
         xs: list[Any] = []
@@ -127,7 +129,7 @@ class TSNPSE(eqx.Module):
             xs.append(jax.vmap(self.simulate)(keys, theta))
             data = jax.tree.map(lambda *parts: jnp.concatenate(parts), *thetas), jnp.concatenate(xs)
             npse = NPSE(parameters, data, **self.settings)
-            posterior = npse.fit(key=train, **self.training)
+            posterior = npse.fit(key=train, **training)
             law = posterior.condition(x_o)
             change = np.nan if region is None else distance(region.law, law, select)
             rounds.append(Round(len(data[1]), acceptance, change))
