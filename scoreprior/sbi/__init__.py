@@ -12,7 +12,7 @@ from scoreprior.sbi.scores import FNPSE, GAUSS, JAC, Damped, Sum, annealed_lange
 from scoreprior.sbi.sequential import TSNPSE, Round, Sequential
 from scoreprior.sbi.simulate import Simulations, TooManyFailures, simulate
 from scoreprior.sbi.simulators import AbstractSimulator, BlackBox, Command, JaxSimulator
-from scoreprior.sbi.surrogate import MixtureDensity, Surrogate
+from scoreprior.sbi.surrogate import Surrogate
 from scoreprior.sbi.transforms import ProbabilityIntegral, SoftUniform, gaussianise
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "JaxSimulator",
     "JointNPSE",
     "JointPosterior",
-    "MixtureDensity",
     "Parameters",
     "Posterior",
     "ProbabilityIntegral",
