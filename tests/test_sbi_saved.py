@@ -14,13 +14,8 @@ from scoreprior.sbi.conditional import BoxRegression
 
 pytestmark = pytest.mark.promotes_ranks
 KEY = jax.random.key(5)
-TRAINING = {
-    "num_steps": 3,
-    "batch_size": 16,
-    "peak": 0.05,
-    "surrogate": None,
-    "progress": False,
-}
+TRAINING = {"num_steps": 3, "batch_size": 16, "peak": 0.05, "progress": False}
+ALONE = TRAINING | {"surrogate": None}
 SMALL = {"width": 8, "num_blocks": 1}
 X_O = jnp.array([0.5, -0.2])
 
@@ -56,7 +51,7 @@ class Mine(eqx.Module):
 def trained(embedding=None, shape=(2,), drop=0.0):
     """With all of its weights moved, whether or not so little training was worth keeping."""
     posterior = NPSE(prior, simulations(shape), embedding=embedding, drop=drop, **SMALL).fit(
-        key=KEY, **TRAINING
+        key=KEY, **ALONE
     )
     weights, rest = eqx.partition(posterior.denoiser.net, eqx.is_inexact_array)
     moved = eqx.combine(jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(leaf), weights), rest)
@@ -101,7 +96,7 @@ def test_a_posterior_with_the_regression_of_a_box_comes_back(tmp_path):
     theta = jax.random.uniform(KEY, (400, 2), minval=-1)
     x = theta + 0.3 * jax.random.normal(jax.random.fold_in(KEY, 1), theta.shape)
     box = dist.Uniform(-jnp.ones(2), 1.0).to_event(1)
-    posterior = NPSE(box, (theta, x), **SMALL).fit(key=KEY, **TRAINING)
+    posterior = NPSE(box, (theta, x), **SMALL).fit(key=KEY, **ALONE)
     assert isinstance(posterior.denoiser.regression, BoxRegression)
     posterior.save(tmp_path / "posterior")
     again = Posterior.load(tmp_path / "posterior", box)
@@ -172,7 +167,7 @@ def test_priors_of_the_same_coordinates_differ_by_their_density(tmp_path):
 
     theta, x = simulations()
     settings = SMALL | {"width": 4}
-    posterior = NPSE(mixture(0.5), (theta["scale"], x), **settings).fit(key=KEY, **TRAINING)
+    posterior = NPSE(mixture(0.5), (theta["scale"], x), **settings).fit(key=KEY, **ALONE)
     posterior.save(tmp_path / "posterior")
     Posterior.load(tmp_path / "posterior", mixture(0.5))
     with pytest.raises(ValueError, match="prior must be that of training"):
