@@ -18,7 +18,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int, PyTree
 
-from scoreprior._typing import Key
+from scoreprior._typing import Key, Scalar
 from scoreprior._util import check_count, check_positive
 from scoreprior.nn import ResidualMLP
 from scoreprior.nn.embed import Dropout
@@ -114,19 +114,20 @@ class NPSE(eqx.Module):
     ) -> Posterior:
         """Train, and return the posterior with the weights of the lowest held-out loss.
 
-        Training begins with pairs of a likelihood fitted to the simulations, `surrogate`, and goes
-        on with the simulations: see `Surrogate`, of which sets have none, nor have observations of
-        many values. `None` is for simulations alone, half the time, and for those whose `theta` is
-        not from the prior.
+        Two networks are trained, one on the simulations and one on draws of a likelihood fitted to
+        them, `surrogate`, and the one of the lower held-out loss is kept. Sets have no surrogate,
+        nor have observations of many values. `None` trains on simulations alone, in half the time,
+        and is for those whose `theta` is not from the prior.
 
         Where the network is not better than the regression under it by `least_gain` standard errors
         of that loss, it is left out, as it started: the simpler of two models that held-out data do
         not tell apart (Breiman et al., "Classification and regression trees", 1984, section 3.4.3).
         What it would add is noise, the same for all observations, of which a product has `n` times.
 
-        **Arguments:** `num_steps`, of each part; `held_out`, the share of simulations kept for the
-        loss; `peak` and `weight_decay` of `train.adamw`; `least_gain`, `patience`, `checkpoint` and
-        `progress` as in `train.fit`, the first part with a checkpoint of its own beside the other.
+        **Arguments:** `num_steps`, of each network; `held_out`, the share of simulations kept for
+        the loss; `peak` of `train.adamw`, and its `weight_decay` for simulations; `least_gain`,
+        `patience`, `checkpoint` and `progress` as in `train.fit`, the second network with a
+        checkpoint beside the other's.
         """
         check_count("num_steps", num_steps)
         split_key, init, train = jax.random.split(key, 3)
@@ -146,12 +147,21 @@ class NPSE(eqx.Module):
                 held_out=self.z[out],
                 held_out_context=self._contexts(self.x[out]),
                 patience=patience,
+                least_gain=least_gain,
                 augment_context=DrawContext(self.drop),
                 progress=progress,
                 **settings,
             )
 
-        denoiser, made = start, None
+        trained = train_on(
+            start,
+            self.z[within],
+            self.x[within],
+            train,
+            optimiser=adamw(num_steps, peak=peak, weight_decay=weight_decay),
+            checkpoint=checkpoint,
+        )
+        made = None
         if surrogate is not None and not self.takes_sets:
             made = surrogate.pairs(
                 self.parameters,
@@ -169,21 +179,11 @@ class NPSE(eqx.Module):
                 *made,
                 jax.random.fold_in(train, 2),
                 optimiser=adamw(num_steps, peak=peak),
-                least_gain=least_gain,
                 checkpoint=None if checkpoint is None else beside(checkpoint),
             )
-            denoiser = _with_dropout(taught.denoiser, self.dropout)
-            # Of two networks the better one is taken, by however little.
-            least_gain = least_gain if taught.best_step == 0 else min(least_gain, 0.0)
-        trained = train_on(
-            denoiser,
-            self.z[within],
-            self.x[within],
-            train,
-            optimiser=adamw(num_steps, peak=peak, weight_decay=weight_decay),
-            least_gain=least_gain,
-            checkpoint=checkpoint,
-        )
+            taught = taught._replace(denoiser=_with_dropout(taught.denoiser, self.dropout))
+            tests = self.z[out], self._contexts(self.x[out]), jax.random.fold_in(train, 3)
+            trained = min(trained, taught, key=lambda fit: _mean_loss(fit.denoiser, loss, *tests))
         return Posterior(
             parameters=self.parameters,
             denoiser=trained.denoiser,
@@ -229,6 +229,22 @@ class NPSE(eqx.Module):
         return Observed(x, mask, jnp.ones(len(x), bool) if self.drop > 0 else None)
 
 
+@eqx.filter_jit
+def _mean_loss(
+    denoiser: Any, loss: ConditionalLoss, z: Float[Array, "n size"], context: Any, key: Key
+) -> Scalar:
+    """Over simulations and eight levels of noise, with the same noise for every denoiser."""
+    levels = (jnp.arange(8, dtype=z.dtype) + 0.5) / 8
+
+    def one(given: tuple[Array, Any, Key]) -> Scalar:
+        z, context, key = given
+        keys = jax.random.split(key, len(levels))
+        return jnp.mean(jax.vmap(lambda u, k: loss(denoiser, z, u, context, key=k))(levels, keys))
+
+    keys = jax.random.split(key, len(z))
+    return jnp.mean(jax.lax.map(one, (z, context, keys), batch_size=min(len(z), 256)))
+
+
 def _with_dropout(denoiser: Any, rate: float) -> Any:
     """A denoiser with another dropout in its network; that of the embedding stays."""
 
@@ -244,7 +260,7 @@ def _with_dropout(denoiser: Any, rate: float) -> Any:
 
 
 def beside(checkpoint: str | Path) -> Path:
-    """Where the first part of training has its checkpoint."""
+    """Where training on draws of a surrogate has its checkpoint."""
     path = Path(checkpoint)
     return path.with_name(f"{path.stem}_surrogate{path.suffix}")
 

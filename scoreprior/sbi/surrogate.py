@@ -4,8 +4,8 @@ A network trained on few simulations soon knows them by heart. What a simulator 
 simpler thing to learn: a mixture density network `p(x | z)` (Bishop, "Mixture density networks",
 1994) fitted to the same simulations makes as many pairs as training wants. A posterior taught by
 draws of a fitted likelihood is due to Wiqvist, Frellsen and Picchini, "Sequential neural posterior
-and likelihood approximation", 2021; here it is where training on the simulations themselves
-begins, which goes on where the likelihood is wrong.
+and likelihood approximation", 2021. The likelihood may be wrong: held-out simulations choose
+between that posterior and one trained on the simulations alone.
 """
 
 import warnings
