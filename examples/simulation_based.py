@@ -13,7 +13,7 @@ write its likelihood down.
 4. Eight outbreaks at once: scores composed (`sbi.compose`), with the evidence that they share one
    rate of infection, and with a measurement of another kind in a NumPyro model.
 
-Two and a half minutes on two cores.
+A few minutes on two cores.
 """
 
 import argparse
