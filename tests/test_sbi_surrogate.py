@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 import pytest
 import scipy.stats
 
-from scoreprior.sbi import NPSE, Parameters, Standardise, Surrogate
+from scoreprior.sbi import NPSE, Parameters, Standardise, Surrogate, amortise
 from scoreprior.sbi.amortise import beside
 from scoreprior.sbi.conditional import ConditionalLoss, Observed
 from scoreprior.sbi.surrogate import MixtureDensity
@@ -200,6 +200,20 @@ def test_observations_of_many_values_and_useless_likelihoods_are_left_out(monkey
     monkeypatch.setattr("scoreprior.sbi.surrogate.LEAST_INSIDE", 1.0)
     with pytest.warns(UserWarning, match="surrogate likelihood is left out: its mean log density"):
         assert same(alone, npse.fit(key=KEY, **settings))
+
+
+def test_a_second_training_that_fails_leaves_the_first(monkeypatch):
+    npse = NPSE(PRIOR, curved(KEY, 200), **SMALL)
+    settings = {"num_steps": 20, "batch_size": 16, "progress": False, "least_gain": -jnp.inf}
+    alone = npse.fit(key=KEY, surrogate=None, **settings)
+    fits = iter((amortise.fit, failing))
+    monkeypatch.setattr(amortise, "fit", lambda *args, **given: next(fits)(*args, **given))
+    with pytest.warns(UserWarning, match="taught by a surrogate is left out: training loss"):
+        assert same(alone, npse.fit(key=KEY, **settings))
+
+
+def failing(*_, **__):
+    raise FloatingPointError("training loss is not finite")
 
 
 @pytest.mark.parametrize("name", ["num_components", "width", "num_pairs", "num_steps"])

@@ -173,14 +173,20 @@ class NPSE(eqx.Module):
                 key=jax.random.fold_in(train, 1),
             )
         if made is not None:
-            # There are enough of these: no network learns them by heart.
-            taught = train_on(
-                _with_dropout(start, 0.0),
-                *made,
-                jax.random.fold_in(train, 2),
-                optimiser=adamw(num_steps, peak=peak),
-                checkpoint=None if checkpoint is None else beside(checkpoint),
-            )
+            try:
+                # There are enough pairs: no network learns them by heart.
+                taught = train_on(
+                    _with_dropout(start, 0.0),
+                    *made,
+                    jax.random.fold_in(train, 2),
+                    optimiser=adamw(num_steps, peak=peak),
+                    checkpoint=None if checkpoint is None else beside(checkpoint),
+                )
+            except FloatingPointError as error:
+                warnings.warn(
+                    f"the network taught by a surrogate is left out: {error}", stacklevel=2
+                )
+                taught = trained
             taught = taught._replace(denoiser=_with_dropout(taught.denoiser, self.dropout))
             tests = self.z[out], self._contexts(self.x[out]), jax.random.fold_in(train, 3)
             trained = min(trained, taught, key=lambda fit: _mean_loss(fit.denoiser, loss, *tests))
