@@ -243,6 +243,44 @@ def small(factors):
     return compose({prior(p.flow.denoiser, **flow): beta for p, beta in factors.items()})
 
 
+def compilations(caplog, function):
+    caplog.clear()
+    with jax.log_compiles():
+        function()
+    return sum("Compiling" in record.getMessage() for record in caplog.records)
+
+
+def test_a_second_composition_runs_the_program_of_the_first(caplog):
+    """Of the same shapes; other data of a model are data, and a likelihood is compiled in."""
+
+    def draw(shift, num_particles=50):
+        law = GaussianMixture.full(
+            MIXTURE.weights, MIXTURE.components.mean + shift, MIXTURE._each(Moments.covariance)
+        )
+        composed = compose({prior(law, solver=FixedGrid(8)): 2.0})
+        engine = FeynmanKac(None, num_particles=num_particles, num_steps=60)
+        return infer(lambda: model(composed), engine, key=KEY, progress=False)
+
+    first = draw(0.0).posterior["x"].values.mean()
+    assert compilations(caplog, lambda: draw(2.0)) == 0
+    assert abs(draw(2.0).posterior["x"].values.mean() - first - 2) < 0.5
+    assert compilations(caplog, lambda: draw(2.0, 51)) > 0
+
+
+def test_values_of_a_composition_need_no_density(monkeypatch):
+    problem = Problem.from_model(model, compose({MIXTURE_PRIOR: 2.0}))
+
+    def solved(self, value):
+        raise AssertionError("the density was asked for")
+
+    monkeypatch.setattr(Composition, "log_ratio", solved)
+    position = problem.initial(KEY)
+    x = problem.constrain(position)["x"]
+    np.testing.assert_allclose(x, MIXTURE_PRIOR.transforms[0](position["x"]))
+    with pytest.raises(AssertionError, match="asked for"):
+        problem.log_density(position)
+
+
 def test_any_engine_solves_the_same_problem():
     factors, laws = CASES["squared Gaussian"]
     log_z, law = truth(laws, True)

@@ -41,6 +41,7 @@ import numpy as np
 import numpyro
 from common import Progress, arguments, show, write
 from composed_scores import by_langevin, by_score, standard
+from sbi_tasks import PUBLISHED, checkpoint_path, train
 from tall_tasks import TASKS, Tall, draw_tables, gaussian_posterior, tabulate
 
 import scoreprior as sp
@@ -49,6 +50,8 @@ from scoreprior.denoise import Gaussian
 
 SIZES = {"conjugate": (5, 20, 50)}
 """Numbers of observations; 1, 8 and 30 of the other tasks."""
+
+NUM_SIMULATIONS = 10_000
 
 VARIANCES = {"conjugate": (1.0, 0.5), "gaussian_linear": (0.1, 0.1)}
 """Of prior and noise, where both are Gaussian."""
@@ -59,19 +62,17 @@ class Case(SimpleNamespace):
 
 
 @cache
-def trained(name: str, folder: Path, quick: bool) -> tuple[sbi.Posterior, float]:
-    """The default posterior of a task, and seconds of training; resumes from its checkpoint."""
-    task, num = TASKS[name](), 10_000
-    key_theta, key_x, key_fit = jax.random.split(jax.random.key(num), 3)
-    theta = task.prior.sample(key_theta, (num,))
-    x = task.simulate(key_x, theta)
-    start = time.perf_counter()
-    posterior = sbi.NPSE(task.prior, (theta, x)).fit(
-        key=key_fit,
-        checkpoint=folder / f"{name}_{'quick' if quick else num}.safetensors",
-        **({"num_steps": 500} if quick else {}),
-    )
-    return posterior, time.perf_counter() - start
+def trained(name: str, folder: Path, quick: bool) -> sbi.Posterior:
+    """The default posterior of a task; resumes from the checkpoint of `sbi_tasks`, if it is one."""
+    if name in PUBLISHED:
+        return train(name, NUM_SIMULATIONS, folder, quick)[0]
+    task = TASKS[name]()
+    key_theta, key_x, key_fit = jax.random.split(jax.random.key(NUM_SIMULATIONS), 3)
+    theta = task.prior.sample(key_theta, (NUM_SIMULATIONS,))
+    data = theta, task.simulate(key_x, theta)
+    path = checkpoint_path(folder, name, NUM_SIMULATIONS, quick)
+    settings = {"num_steps": 500} if quick else {}
+    return sbi.NPSE(task.prior, data).fit(key=key_fit, checkpoint=path, **settings)
 
 
 def data_set(task: Tall, n: int, seed: int) -> jax.Array:
@@ -147,7 +148,7 @@ def by_learned(case: Case, num: int, key: Any) -> tuple[Any, float]:
 
 @eqx.filter_jit
 def _log_probs(product: sbi.Product, z: jax.Array) -> jax.Array:
-    return jax.lax.map(product.log_prob, z, batch_size=100)
+    return jax.lax.map(product.log_prob, z, batch_size=1000)
 
 
 def _model(product: sbi.Product) -> Callable[[], None]:
@@ -176,10 +177,12 @@ def methods(share: float) -> dict[str, Callable[..., Any]]:
     }
 
 
-def applies(method: str, task: str) -> bool:
+def applies(method: str, task: str, n: int) -> bool:
     """Whether a task has what a method needs."""
     if method == "exact scores":
         return task in VARIANCES
+    if method == "damping":
+        return n > 1
     return task != "gaussian_linear" or method not in ("learned", "polished")
 
 
@@ -217,7 +220,7 @@ class Bench:
 
     def case(self, n: int, seed: int) -> Case:
         """One data set and its posteriors."""
-        posterior, _ = trained(self.name, self.options.output.parent, self.options.quick)
+        posterior = trained(self.name, self.options.output.parent, self.options.quick)
         x = data_set(self.task, n, seed)
         return Case(
             task=self.name,
@@ -229,42 +232,40 @@ class Bench:
             steps=200 if self.name == "two_moons" else 100,
         )
 
-    def measure(self, n: int, seed: int, method: str) -> dict[str, Any]:
-        """One data set by one method."""
+    def draw(self, n: int, seed: int, method: str) -> dict[str, Any]:
+        """Draws for one data set by one method, which are kept."""
         case, num = self.case(n, seed), self.options.draws
-        exact = self.exact(case, n, seed)
         start = time.perf_counter()
         with warnings.catch_warnings(record=True) as raised:
             warnings.simplefilter("always")
             draws, ratio = self.methods[method](case, num, jax.random.key(seed))
         seconds = time.perf_counter() - start
-        said = sorted({str(w.message).split(":")[0] for w in raised})
-        theta = jax.vmap(case.parameters.from_vector)(jnp.asarray(draws))
-        theta = np.asarray(theta, float)
-        found: dict[str, Any] = moments(exact, theta)
-        if seed < self.options.classified:
-            found["C2ST"] = classified(exact[: len(theta)], theta)
-        self._keep(n, seed, method, draws)
-        learned = self._kept(n, seed, "learned")
-        if learned is not None and method != "learned":
-            found["against it"] = classified(learned, np.asarray(draws))
-        return found | {"evidence": ratio, "seconds": seconds, "warnings": said}
-
-    def exact(self, case: Case, n: int, seed: int) -> np.ndarray:
-        """Many exact draws of `theta`, made once."""
-        if (n, seed) not in self.references:
-            rng = np.random.default_rng(seed)
-            self.references[n, seed] = self.task.exact(np.asarray(case.x, float), 50_000, rng)
-        return self.references[n, seed]
-
-    def _keep(self, n: int, seed: int, method: str, draws: Any) -> None:
         path = self._path(n, seed, method)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, np.asarray(draws))
+        said = sorted({str(w.message).split(":")[0] for w in raised})
+        return {"evidence": ratio, "seconds": seconds, "warnings": said}
 
-    def _kept(self, n: int, seed: int, method: str) -> np.ndarray | None:
-        path = self._path(n, seed, method)
-        return np.load(path) if path.exists() else None
+    def judge(self, n: int, seed: int, method: str) -> dict[str, Any]:
+        """What was drawn against the truth and against the product of learned densities."""
+        draws = np.load(self._path(n, seed, method))
+        parameters = trained(self.name, self.options.output.parent, self.options.quick).parameters
+        exact = self.exact(n, seed)
+        theta = np.asarray(jax.vmap(parameters.from_vector)(jnp.asarray(draws)), float)
+        found: dict[str, Any] = moments(exact, theta)
+        if seed < self.options.classified:
+            found["C2ST"] = classified(exact[: len(theta)], theta)
+        kept = self._path(n, seed, "learned")
+        if method != "learned" and kept.exists():
+            found["against it"] = classified(np.load(kept), draws)
+        return found
+
+    def exact(self, n: int, seed: int) -> np.ndarray:
+        """Many exact draws of `theta`, made once."""
+        if (n, seed) not in self.references:
+            x = np.asarray(data_set(self.task, n, seed), float)
+            self.references[n, seed] = self.task.exact(x, 50_000, np.random.default_rng(seed))
+        return self.references[n, seed]
 
     def _path(self, n: int, seed: int, method: str) -> Path:
         folder = self.options.output.with_suffix("")
@@ -322,13 +323,16 @@ def main() -> None:
         sizes = options.sizes or SIZES.get(name, (1, 8, 30))
         for n in sizes[: 2 if options.quick else None]:
             for method in options.methods:
-                if not applies(method, name):
+                if not applies(method, name, n):
                     continue
                 label = f"{name}, n = {n}, {method}"
-                results = [
-                    progress(f"{label}, {seed}", settings, partial(bench.measure, n, seed, method))
-                    for seed in range(options.repeats)
-                ]
+                results = []
+                for seed in range(options.repeats):
+                    which = n, seed, method
+                    one = progress(f"{label}, {seed}, drawn", settings, partial(bench.draw, *which))
+                    results.append(
+                        one | progress(f"{label}, {seed}", settings, partial(bench.judge, *which))
+                    )
                 rows.append([f"{n}, {method}", *summary(results)])
                 found[label] = results
         show(f"{name}, {options.repeats} data sets", ["n, method", *COLUMNS], rows)

@@ -70,6 +70,11 @@ def simulate(name: str, simulator: Any, key: jax.Array, theta: jax.Array) -> jax
         )
 
 
+def checkpoint_path(folder: Path, name: str, num: int, quick: bool) -> Path:
+    """Of the network of a task, trained on `num` simulations."""
+    return folder / f"{name}_{num}{'_quick' if quick else ''}.safetensors"
+
+
 def train(name: str, num: int, folder: Path, quick: bool) -> tuple[sbi.Posterior, float]:
     """The default posterior of a task, and seconds of training; resumes from its checkpoint."""
     import sbibm_jax
@@ -82,7 +87,7 @@ def train(name: str, num: int, folder: Path, quick: bool) -> tuple[sbi.Posterior
     start = time.perf_counter()
     posterior = sbi.NPSE(prior, (theta, x)).fit(
         key=key_fit,
-        checkpoint=folder / f"{name}_{num}.safetensors",
+        checkpoint=checkpoint_path(folder, name, num, quick),
         **({"num_steps": 500} if quick else {}),
     )
     return posterior, time.perf_counter() - start

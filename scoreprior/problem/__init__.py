@@ -157,7 +157,8 @@ class Problem:
         if self.is_centred and self.sites.compositions:
             free = replace(self, is_centred=False)
             return self.unconstrain(free.constrain(free.initial(key)))
-        sites = trace(seed(self._model(), key)).get_trace(*self.args, **self.kwargs)
+        model = seed(self._model(weighted=False), key)
+        sites = trace(model).get_trace(*self.args, **self.kwargs)
         drawn = {name: sites[self._noise_name(name)] for name in self.latent_names}
         return {
             name: biject_to(site["fn"].support).inv(site["value"]) for name, site in drawn.items()
@@ -166,9 +167,8 @@ class Problem:
     def constrain(self, position: Position) -> dict[str, Array]:
         """Model-space values of latent and deterministic sites; prior sites hold `x`, not `u`."""
         named = self._named(position)
-        values = constrain_fn(
-            self._model(), self.args, self.kwargs, named, return_deterministic=True
-        )
+        model = self._model(weighted=False)
+        values = constrain_fn(model, self.args, self.kwargs, named, return_deterministic=True)
         return {name: values[name] for name in (*self.latent_names, *self.sites.deterministic)}
 
     def unconstrain(self, values: Values) -> dict[str, Array]:
@@ -227,11 +227,12 @@ class Problem:
         model = seed(self.model, jax.random.key(0), hide_types=["sample", "plate", "control_flow"])
         return substitute(model, data=self.sites.params)
 
-    def _model(self) -> Callable[..., Any]:
+    def _model(self, *, weighted: bool = True) -> Callable[..., Any]:
+        """`weighted=False` leaves out the densities of compositions, which values do without."""
         model = self._with_params()
         if self.is_centred:
             return model
-        return reparam(model, config=dict.fromkeys(self.sites.priors, _FromNoise()))
+        return reparam(model, config=dict.fromkeys(self.sites.priors, _FromNoise(weighted)))
 
     def _noise_name(self, name: str) -> str:
         """The name under which NumPyro keeps the position of site `name`."""
@@ -292,7 +293,13 @@ jax.tree_util.register_pytree_node(Problem, _flatten, _unflatten)
 
 
 class _FromNoise(TransformReparam):
-    """`TransformReparam` that also looks under a mask of `True`, and at compositions."""
+    """`TransformReparam` that also looks under a mask of `True`, and at compositions.
+
+    Their density ratio to the reference is a factor of the model, if it is to be `weighted`.
+    """
+
+    def __init__(self, weighted: bool):
+        self.weighted = weighted
 
     def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> Any:
         base, _ = peel(fn)
@@ -301,7 +308,7 @@ class _FromNoise(TransformReparam):
         batch_shape = fn.shape()[: len(fn.shape()) - base.event_dim]
         plain = base.expand(batch_shape).to_event(fn.event_dim - base.event_dim)
         kept, value = super().__call__(name, plain, obs)
-        if composition is not None:
+        if composition is not None and self.weighted:
             ratio = composition.log_ratio(value)
             ratio = ratio.sum(tuple(range(-(fn.event_dim - base.event_dim), 0)))
             numpyro.factor(f"{name}_composition", ratio)

@@ -239,13 +239,20 @@ def _as_prior(law: Any, like: ScorePrior) -> ScorePrior:
 
 
 def _alike(laws: list[ScorePrior]) -> list[ScorePrior]:
-    """The same denoisers and moments, with the noise levels and the solver of all together."""
+    """The same denoisers and moments, with the noise levels and the solver of all together.
+
+    The scales of the solver are powers of the root of two, so that a program compiled for the
+    observations of one data set serves others.
+    """
     flows = [law.flow for law in laws]
     low, high = max(f.sigma_min for f in flows), max(f.sigma_max for f in flows)
     high = min([high, *(float(getattr(f.denoiser, "level_range", (0, high))[1]) for f in flows)])
     scales = np.sqrt([np.asarray(f.moments.eigenvalues, float).ravel() for f in flows])
-    narrow = max(low, float(scales.min()))
-    solver = Multistep(30, LogRatioTime(narrow, max(float(scales.max()), 2 * narrow)))
+    narrow, wide = (
+        float(2 ** (np.round(2 * np.log2(s)) / 2)) for s in (scales.min(), scales.max())
+    )
+    narrow = max(low, narrow)
+    solver = Multistep(30, LogRatioTime(narrow, max(wide, 2 * narrow)))
     return [
         ScorePrior(
             Flow(f.denoiser, f.moments, sigma_min=low, sigma_max=high, solver=solver), law.density

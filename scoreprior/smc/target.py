@@ -93,7 +93,7 @@ class Scheme(NamedTuple):
                 f"guidance {type(guidance).__name__} needs an observed site or a factor in the "
                 "model, such as numpyro.factor(name, log_probability), got none"
             )
-        return self._composed(event, self._twist(event), data)
+        return self._composed(event, self._twist(event), data, has_data=event.has_data)
 
     def _twist(self, event: PriorEvent) -> Any:
         guidance, prior = self.guidance, event.prior
@@ -133,8 +133,13 @@ class Scheme(NamedTuple):
         chain = Pinned(flow, coordinates, levels, self.batch_size)
         return Target(seen.problem, seen.site, chain, _data(seen), seen.prior)
 
-    def _composed(self, event: PriorEvent | ObservedEvent, twist: Any, data: Any) -> Target:
-        """A chain with the twist along the gradient, for any `prior` of `event`."""
+    def _composed(
+        self, event: PriorEvent | ObservedEvent, twist: Any, data: Any, *, has_data: bool = True
+    ) -> Target:
+        """A chain with the twist along the gradient, for any `prior` of `event`.
+
+        Without data it does not hold the problem, so that its program runs all of its shape.
+        """
         problem, site, prior, control = event.problem, event.site, event.prior, self.control
         if isinstance(prior, ScorePrior):
             control = control or NoControl()
@@ -147,7 +152,7 @@ class Scheme(NamedTuple):
             control=control,
             noise=self.noise,
             twist=twist,
-            log_likelihood=EventLikelihood(problem, site),
+            log_likelihood=EventLikelihood(problem, site) if has_data else None,
             batch_size=self.batch_size,
             rejuvenation=self.rejuvenation,
         )
