@@ -186,7 +186,7 @@ def by_langevin(case: Any, num: int, key: Any, *, num_levels: int = 400) -> Any:
 
 def methods(n: int) -> dict[str, Callable[..., Any]]:
     """Of a case, a number of draws and a key: draws and the evidence ratio."""
-    steps = max(400, 50 * n)
+    steps = max(400, 100 * n)
     return {
         "product, bridge": lambda *args: by_cloud(*args, steps, True),
         "product, plain path": lambda *args: by_cloud(*args, steps, False),
@@ -295,7 +295,7 @@ def gaussians(options: Any, progress: Progress) -> dict[str, Any]:
         for n in (2, 8, 32, 90)[: 2 if options.quick else None]:
             row: list[Any] = [f"{size}, {eps:g}, {n}"]
             for name in chosen:
-                setting, method = (size, n, eps), methods(min(n, 8))[name]
+                setting, method = (size, n, eps), methods(4)[name]
                 label = f"gaussian, {size}, {eps:g}, {n}, {name}"
                 results = [
                     progress(

@@ -242,7 +242,7 @@ def _alike(laws: list[ScorePrior]) -> list[ScorePrior]:
     """The same denoisers and moments, with the noise levels and the solver of all together.
 
     The scales of the solver are powers of the root of two, so that a program compiled for the
-    observations of one data set serves others.
+    observations of one data set often serves others.
     """
     flows = [law.flow for law in laws]
     low, high = max(f.sigma_min for f in flows), max(f.sigma_max for f in flows)

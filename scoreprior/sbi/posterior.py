@@ -107,10 +107,10 @@ class Posterior(eqx.Module):
             default_solver(self.moments, self.sigma_min) if self.solver is None else self.solver
         )
         options = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "solver": solver}
-        start = Flow(self.told(contexts), self.moments, **options)
+        start = Flow(self._told(contexts), self.moments, **options)
         own = _all_moments(start, contexts, num_pilot)
         return [
-            ScorePrior(Flow(self.told(context), moments, **options))
+            ScorePrior(Flow(self._told(context), moments, **options))
             for context, moments in zip(_unstacked(contexts), _unstacked(own), strict=True)
         ]
 
@@ -195,7 +195,7 @@ class Posterior(eqx.Module):
 
         return saved.read(path, saved.POSTERIOR, prior, build)
 
-    def told(self, context: Observed) -> Conditioned:
+    def _told(self, context: Observed) -> Conditioned:
         """The denoiser of `z` given one observation, `context(x_o)`.
 
         Far beyond a prior that is known and not normal it is the prior's own: see `Confined`.
@@ -207,7 +207,7 @@ class Posterior(eqx.Module):
 
     def _score_prior(self, context: Observed) -> ScorePrior:
         levels = (self.sigma_min, self.sigma_max)
-        return conditioned(self.told(context), self.moments, levels, self.solver)
+        return conditioned(self._told(context), self.moments, levels, self.solver)
 
 
 def conditioned(
