@@ -262,9 +262,9 @@ def test_a_second_composition_runs_the_program_of_the_first(caplog):
         return infer(lambda: model(composed), engine, key=KEY, progress=False)
 
     first = draw(0.0).posterior["x"].values.mean()
-    assert compilations(caplog, lambda: draw(2.0)) == 0
+    assert compilations(caplog, lambda: draw(2.0)) < 2  # small change, none of the three programs
     assert abs(draw(2.0).posterior["x"].values.mean() - first - 2) < 0.5
-    assert compilations(caplog, lambda: draw(2.0, 51)) > 0
+    assert compilations(caplog, lambda: draw(2.0, 51)) >= 3
 
 
 def test_values_of_a_composition_need_no_density(monkeypatch):
