@@ -13,9 +13,10 @@ The Gaussian toy (the same authors, section 4.1) has prior `N(mu, diag(s^2))`, `
 `eps` times a fixed random network with values in [-1, 1] as noise prediction. The largest
 Wasserstein-1 distance over 200 directions, in units of the data, less that of exact draws.
 
-Ours is `sbi.compose` by clouds of particles (`feynman_kac`), with and without bridge; beside it the
+Ours is `sbi.compose` by clouds of four times as many particles as draws (`feynman_kac`), with and
+without bridge; beside it the
 sum of scores by a reverse diffusion of 1,000 steps, `GAUSS` of 1,000, `JAC` of 400, F-NPSE by
-annealed Langevin (400 levels, 5 steps) and damping to 0.01. CPU, an hour for all; a stopped program
+annealed Langevin (400 levels, 5 steps) and damping to 0.01. CPU, hours for all; a stopped program
 goes on where it was.
 """
 
