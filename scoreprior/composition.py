@@ -283,7 +283,8 @@ def _normalisable(priors: tuple[ScorePrior, ...], exponents: np.ndarray) -> bool
 def _draw(composed: Composed, size: int, key: Key) -> Float[Array, "size *event"]:
     """Draws of equal weight, in random order."""
     key_run, key_draw, key_order = jax.random.split(key, 3)
-    state, _ = run(composed.model(), Resampling(), max(size, NUM_PARTICLES), key_run)
+    model = composed.seeded(jax.random.fold_in(key, 3)).model()
+    state, _ = run(model, Resampling(), max(size, NUM_PARTICLES), key_run)
     rows = systematic(key_draw, jax.nn.softmax(state.log_weights), len(state.log_weights))
     return state.particles[jax.random.permutation(key_order, rows)[:size]]
 

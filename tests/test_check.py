@@ -398,6 +398,25 @@ def test_posterior_predictive_accuses_a_wrong_noise():
     assert (narrow["distances"]["p_value"] <= 1 / 1001).all()
 
 
+@pytest.mark.parametrize(
+    ("statistic", "spoil"),
+    {
+        "mean": lambda x: x + 1.2,
+        "sd": lambda x: 2 * x,
+        "smallest": lambda x: np.where(x == x.min(), -7.0, x),
+        "largest": lambda x: np.where(x == x.max(), 7.0, x),
+    }.items(),
+    ids=["mean", "sd", "smallest", "largest"],
+)
+def test_each_predictive_statistic_sees_what_it_is_for(statistic, spoil):
+    rng = np.random.default_rng(3)
+    observed, simulated = rng.normal(size=30), rng.normal(size=(2000, 30))
+    right = check.posterior_predictive(observed, simulated)["statistics"]["p_value"]
+    wrong = check.posterior_predictive(spoil(observed), simulated)["statistics"]["p_value"]
+    assert (right > 0.01).all()
+    assert wrong.sel(statistic=statistic) == 2 / 2001
+
+
 def test_statistics_of_sites():
     rng = np.random.default_rng(2)
     simulated = {"a": rng.normal(size=(500, 2)), "b": rng.normal(size=500)}
@@ -495,6 +514,8 @@ def test_evidence_ratio_accuses_observations_that_share_no_parameter():
 
 
 def test_pictures_show_the_tree():
+    from sklearn.linear_model import LogisticRegression
+
     truth, draws, _ = pairs(num=100, num_draws=49)
     ranks, covers = check.sbc(truth, draws), check.coverage(truth, draws)
     level = ranks["sbc"]["level"].values
@@ -514,6 +535,12 @@ def test_pictures_show_the_tree():
         *tree["statistics"]["observed"].values,
         *tree["distances"]["observed"].values,
     ]
+    rng = np.random.default_rng(0)
+    tree = _local(rng, np.zeros_like, 60, classifier=LogisticRegression(), num_null=9)
+    axes = check.plot_local_c2st(tree).axes
+    assert [ax.lines[0].get_xdata()[0] for ax in axes] == [*tree["local_c2st"]["statistic"].values]
+    heights = [sum(bar.get_height() * bar.get_width() for bar in ax.patches) for ax in axes]
+    np.testing.assert_allclose(heights, 1)
     with pytest.raises(ValueError, match="tree must have ecdf in its group sbc"):
         check.plot_ecdf(covers)
     with pytest.raises(ValueError, match="tree must have a group statistics or distances"):

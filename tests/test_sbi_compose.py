@@ -1,6 +1,7 @@
 """Posteriors of many observations, composed; Gaussians and mixtures are known in closed form."""
 
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from scoreprior.denoise import Conditioned, Gaussian, GaussianMixture
 from scoreprior.flow import Flow
 from scoreprior.gaussian import Moments
 from scoreprior.infer import infer
+from scoreprior.mcmc import NUTS
 from scoreprior.prior import ScorePrior
 from scoreprior.sample import Ancestral, LogGrid, sample
 from scoreprior.sbi import bridge
-from scoreprior.smc import FeynmanKac
+from scoreprior.smc import FeynmanKac, TemperedSMC
 from stats import assert_cov, assert_mean
 
 KEY = jax.random.key(11)
@@ -222,6 +224,25 @@ def test_mini_batches_give_the_law_of_all_observations():
     assert abs(found - log_z) < 0.2
 
 
+def test_groups_have_batches_of_their_own():
+    """So that the error of the evidence is seen: that of one choice of batches is not."""
+    product = sbi.compose([mixed_posterior(x) for x in X[:4]], PRIOR, batch_size=2)
+
+    def model():
+        numpyro.sample("z", product)
+
+    engine = FeynmanKac(None, num_particles=1000, num_groups=16, num_steps=100)
+    tree = infer(model, engine, key=KEY, progress=False)
+    spread = np.std(tree.sample_stats["group_log_evidence"].values, ddof=1)
+    chain = product.composed(100)
+    keys = jax.random.split(KEY, 16)
+    states = jax.jit(
+        jax.vmap(lambda key: fk.run(chain.model(), fk.Resampling(), 1000, key)[0].log_evidence)
+    )(keys)
+    # A standard deviation of 16 is known to within 90 %, at 5 standard errors.
+    assert spread > 3 * np.std(states, ddof=1)
+
+
 def test_tails_wider_than_their_gaussian_widen_the_bridge():
     """Of half `N(0, 1)` and half `N(0, 1/100)`: the Gaussian of variance 1/2 is too narrow."""
     wide = GaussianMixture.diagonal(
@@ -307,6 +328,80 @@ def test_posteriors_wider_than_the_prior_are_repaired_and_said_so():
     assert abs(found - log_z) < 0.1
 
 
+def test_covariances_wider_than_the_prior_are_cut_in_gauss_with_a_warning():
+    wide = Moments.dense(jnp.zeros(2), jnp.diag(jnp.asarray([1.5, 0.3])))
+    narrow = Moments.dense(jnp.zeros(2), jnp.diag(jnp.asarray([0.5, 0.3])))
+    laws = [
+        ScorePrior(Flow(Gaussian(m), m, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX))
+        for m in (wide, *[narrow] * 3)
+    ]
+    product = sbi.compose(laws, PRIOR, bridge=False)
+    with pytest.warns(UserWarning, match="1 of 4 posteriors are wider than the prior"):
+        score = sbi.GAUSS(product)
+    assert score.num_repaired == 1
+    # The precisions times sigma^2 of the first entry, at sigma = 2: of the prior where it is wider.
+    weights = 1 + 4 / np.asarray([1.0, 0.5, 0.5, 0.5, 1.0])
+    weights[-1] *= -3
+    slopes = -1 / (np.asarray([1.5, 0.5, 0.5, 0.5, 1.0]) + 4)
+    found = score.composite(jnp.asarray([1.0, 0.0]), jnp.asarray(2.0))
+    np.testing.assert_allclose(found[0], weights @ slopes / weights.sum(), rtol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sbi.GAUSS(sbi.compose(laws[1:], PRIOR, bridge=False)).num_repaired == 0
+
+
+def test_posteriors_that_have_no_product_are_told():
+    moments = Moments.dense(jnp.zeros(2), 1.05 * jnp.eye(2))
+    wide = ScorePrior(Flow(Gaussian(moments), moments, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX))
+    with pytest.warns(UserWarning, match="40 posteriors may have no normaliser") as caught:
+        product = sbi.compose([wide] * 40, PRIOR)
+    # 40 / 1.05 - 39, what is left of their precisions, is -0.9; less so at higher levels.
+    found = float(str(caught[0].message).split("by ")[1].split()[0])
+    assert 0.3 < found < 0.91
+    assert (product.share, product.num_repaired) == (0.0, 40)
+
+
+def test_particles_are_moved_along_lines_at_every_level():
+    x = X[:2]
+    truth, log_z = tall_mixture(x)
+    product = sbi.compose([mixed_posterior(one) for one in x], PRIOR)
+
+    def model():
+        numpyro.sample("z", product)
+
+    engine = FeynmanKac(None, 1000, 2, 100, threshold=1.0, rejuvenation=fk.ScoreLine(1.0))
+    tree = infer(model, engine, key=KEY, progress=False)
+    stats = tree.sample_stats
+    assert stats["resampled"].all()
+    assert (stats["rejuvenated"].values[:, 1:] > 0.5).all()
+    draws = np.asarray(tree.posterior["z"]).reshape(-1, 2)
+    moments = truth.moments()
+    assert_mean(draws, moments.mean, ess=1000, bias=0.3)
+    assert_cov(draws, moments.covariance(), ess=1000, bias=0.5)
+    assert abs(float(stats["log_evidence"]) - log_z) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.promotes_ranks
+def test_engines_that_take_the_density_agree_on_a_product():
+    """Of two observations, with the likelihood of a third in the model."""
+    moments = tall_mixture(X[:3])[0].moments()
+    product = sbi.compose([mixed_posterior(x) for x in X[:2]], PRIOR)
+
+    def model(x):
+        z = numpyro.sample("z", product)
+        kinds = dist.Categorical(jnp.asarray([0.5, 0.5]))
+        scales = jnp.sqrt(jnp.asarray([[2.25], [1 / 9]]))
+        noise = dist.Normal(z[None], scales * jnp.ones((2, 2))).to_event(1)
+        numpyro.sample("x", dist.MixtureSameFamily(kinds, noise), obs=x)
+
+    for engine in (NUTS(200, 500, num_chains=4), TemperedSMC(num_particles=500)):
+        tree = infer(model, engine, X[2], key=KEY, progress=False)
+        draws = np.asarray(tree.posterior["z"]).reshape(-1, 2)
+        assert_mean(draws, moments.mean, ess=1000, bias=0.25)
+        assert_cov(draws, moments.covariance(), ess=1000, bias=0.5)
+
+
 def test_a_product_is_a_prior_site_with_a_likelihood_of_its_own():
     product = sbi.compose([gaussian_posterior(x) for x in X[:2]], PRIOR)
 
@@ -357,12 +452,17 @@ def test_log_prob_of_observations_of_one_network_is_their_weighted_sum():
     np.testing.assert_allclose(gradient, np.asarray(X.sum(0)) - 7 * np.asarray(z), atol=0.02)
 
 
+@pytest.mark.usefixtures("as_user")
 def test_errors_say_what_is_wrong():
     one = gaussian_posterior(X[0])
     with pytest.raises(ValueError, match="posteriors must hold at least one"):
         sbi.compose([], PRIOR)
     with pytest.raises(ValueError, match="train with drop > 0"):
         sbi.compose([one, one], None)
+    with pytest.raises(TypeError, match="new_prior must be a ScorePrior .* got Normal"):
+        sbi.compose([one, one], PRIOR, new_prior=dist.Normal())
+    with pytest.raises(TypeError, match="product must be what sbi.compose.* returns, got list"):
+        sbi.GAUSS([one, one])
     with pytest.raises(ValueError, match="batch_size must be from 2 to the number of obs"):
         sbi.compose([one, one], PRIOR, batch_size=1)
     with pytest.raises(ValueError, match="bridge must be True with a batch_size, got False"):

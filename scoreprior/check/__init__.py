@@ -14,7 +14,13 @@ from scoreprior.check.diversity import (
     memorisation,
     vendi_score,
 )
-from scoreprior.check.plots import plot_coverage, plot_ecdf, plot_predictive, plot_tarp
+from scoreprior.check.plots import (
+    plot_coverage,
+    plot_ecdf,
+    plot_local_c2st,
+    plot_predictive,
+    plot_tarp,
+)
 from scoreprior.check.predictive import (
     AbstractDistance,
     Energy,
@@ -62,6 +68,7 @@ __all__ = [
     "plot_diversity",
     "plot_draws",
     "plot_ecdf",
+    "plot_local_c2st",
     "plot_memorisation",
     "plot_nearest",
     "plot_out_of_distribution",

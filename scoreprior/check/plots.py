@@ -7,7 +7,7 @@ ArviZ's own `plot_ecdf_pit` takes the tree of `sbc`, too.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -77,16 +77,56 @@ def plot_predictive(tree: DataTree) -> Figure:
         for values in [tree[group].to_dataset()]
         for name in values["statistic"].values
     ]
-    with _page(len(rows)) as (figure, axes):
+    panels = [
+        Panel(
+            name,
+            float(row["observed"]),
+            row["simulated"].values,
+            float(row["p_value"]),
+            "distance" if distance else "statistic",
+        )
+        for name, row, distance in rows
+    ]
+    return _histograms(panels, "simulated")
+
+
+def plot_local_c2st(tree: DataTree) -> Figure:
+    """The statistic of `local_c2st` at every observation, among those of permuted labels."""
+    found = _group(tree, "local_c2st", "null")
+    num = found.sizes["observation"]
+    panels = [
+        Panel(
+            "observation" if num == 1 else f"observation {i}",
+            float(row["statistic"]),
+            row["null"].values,
+            float(row["p_value"]),
+            "mean of (probability - 1/2)²",
+        )
+        for i in range(num)
+        for row in [found.isel(observation=i)]
+    ]
+    return _histograms(panels, "permuted labels")
+
+
+class Panel(NamedTuple):
+    """One number among those that it is compared with."""
+
+    name: str
+    observed: float
+    null: np.ndarray
+    p_value: float
+    xlabel: str
+
+
+def _histograms(panels: list[Panel], null: str) -> Figure:
+    with _page(len(panels)) as (figure, axes):
         blue, red = _colours()
-        for ax, (name, row, distance) in zip(axes, rows, strict=True):
-            observed, simulated = float(row["observed"]), row["simulated"].values
-            ax.hist(
-                simulated, _bins(simulated), color=blue, alpha=0.5, density=True, label="simulated"
-            )
-            ax.axvline(observed, color=red, linewidth=2, label="observed")
-            ax.set_title(_title(name, float(row["p_value"])))
-            ax.set_xlabel("distance" if distance else "statistic")
+        for ax, panel in zip(axes, panels, strict=True):
+            bins = _bins(panel.null)
+            ax.hist(panel.null, bins, color=blue, alpha=0.5, density=True, label=null)
+            ax.axvline(panel.observed, color=red, linewidth=2, label="observed")
+            ax.set_title(_title(panel.name, panel.p_value))
+            ax.set_xlabel(panel.xlabel)
             ax.set_yticks([])
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
@@ -156,4 +196,4 @@ def _group(tree: DataTree, group: str, variable: str, check: str | None = None) 
     return tree[group].to_dataset()
 
 
-__all__ = ["plot_coverage", "plot_ecdf", "plot_predictive", "plot_tarp"]
+__all__ = ["plot_coverage", "plot_ecdf", "plot_local_c2st", "plot_predictive", "plot_tarp"]

@@ -13,9 +13,8 @@ from scoreprior._util import check_finite, is_traced
 from scoreprior.denoise.exact import AbstractExact
 from scoreprior.gaussian import Moments
 
-# Integrands are followed down to exp(-DEPTH) of their peak, by so many nodes: enough for doubles.
-DEPTH, NUM_NODES = 40.0, 40
-RULE = np.polynomial.legendre.leggauss(NUM_NODES)
+# Integrands are followed down to exp(-depth) of their peak, by so many nodes: enough for each.
+SINGLE, DOUBLE = (20.0, 24), (40.0, 40)
 LOG_SQRT_2_PI = math.log(2 * math.pi) / 2
 
 
@@ -175,15 +174,16 @@ def truncated_normal(low: Array, high: Array, x: Array, sigma: Any) -> Truncated
     """
     # The results depend on neither mode nor reach, which are there to compute them well.
     mode = jax.lax.stop_gradient(jnp.clip(x, low, high))
+    depth, num_nodes = DOUBLE if mode.dtype == jnp.float64 else SINGLE
     n = (mode - x) / sigma
     steep = jnp.abs(n)
-    reach = jax.lax.stop_gradient(2 * DEPTH / (steep + jnp.sqrt(steep**2 + 2 * DEPTH)))
+    reach = jax.lax.stop_gradient(2 * depth / (steep + jnp.sqrt(steep**2 + 2 * depth)))
     first = jnp.maximum((low - mode) / sigma, -reach)
     last = jnp.minimum((high - mode) / sigma, reach)
     middle, half = (first + last) / 2, (last - first) / 2
     # [*event, num_nodes]
-    shape = (*half.shape, NUM_NODES)
-    nodes, weights = (jnp.broadcast_to(jnp.asarray(a, half.dtype), shape) for a in RULE)
+    rule, shape = np.polynomial.legendre.leggauss(num_nodes), (*half.shape, num_nodes)
+    nodes, weights = (jnp.broadcast_to(jnp.asarray(a, half.dtype), shape) for a in rule)
     tau = middle[..., None] + half[..., None] * nodes
     masses = weights * jnp.exp(-tau * (tau / 2 + n[..., None]))
     total = jnp.sum(masses, -1)

@@ -123,6 +123,10 @@ class Composed(eqx.Module):
         """`sum_i beta_i`."""
         return sum_over(self.stacks, lambda factor: factor.exponent)
 
+    def seeded(self, key: Key) -> "Composed":
+        """With what the chain leaves to chance, but for its particles, from `key`: nothing."""
+        return self
+
     def model(self) -> FeynmanKacModel:
         rejuvenate = None if self.rejuvenation is None else self.rejuvenate
         size = self.levels.r.size

@@ -10,9 +10,12 @@ is a part. A set `B` of `M` factors, new at every level, gives
 
 the latter without bias, and so the rate of the log weight. Where factors are near their Gaussians,
 what is left to chance is small. The noise of `S` in the move and of the rate in the exponent leaves
-an error of first order in the steps.
+an error of first order in the steps. All particles of a cloud see the same batches, whose chance
+their spread does not show: the batches of every group of `FeynmanKac` are its own, and the spread
+of the groups does.
 """
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -28,12 +31,16 @@ class MiniBatched(Composed):
     """A product of which `_sum` sees `rest`, and `batch_size` of the `pairs`.
 
     `pairs` are the factors, and the Gaussians about them, to the powers 1 and -1; `stacks`, as ever
-    all factors, are looked at only once, for the first cloud.
+    all factors, are looked at only once, for the first cloud. `seed` decides on the batches.
     """
 
     pairs: tuple[Stack[Factor], Stack[Factor]] = eqx.field(kw_only=True)
     rest: tuple[Stack[Factor], ...] = eqx.field(kw_only=True)
     num_in_batch: int = eqx.field(static=True, kw_only=True)
+    seed: Key = eqx.field(kw_only=True)
+
+    def seeded(self, key: Key) -> "MiniBatched":
+        return dataclasses.replace(self, seed=key)
 
     def _sum(self, x: Event, r: Scalar) -> tuple[Event, Scalar]:
         """An estimate of `S`, and the number that makes the rate of `Scores` unbiased with it."""
@@ -43,7 +50,7 @@ class MiniBatched(Composed):
             return factor.exponent * score, factor.exponent * jnp.sum(score**2)
 
         n, m = self.pairs[0].size, self.num_in_batch
-        batch = jax.random.choice(level_key(r), n, (m,), replace=False)
+        batch = jax.random.choice(level_key(self.seed, r), n, (m,), replace=False)
         scores, gaussian = (stack.take(batch).map(lambda f: f.score(x, r)) for stack in self.pairs)
         gains = scores - gaussian
         others, squares = sum_over(self.rest, term)
@@ -58,10 +65,10 @@ class MiniBatched(Composed):
         raise NotImplementedError("mini-batches have no energy")
 
 
-def level_key(sigma: Scalar) -> Key:
+def level_key(seed: Key, sigma: Scalar) -> Key:
     """A key for each noise level, the same for all events there."""
     bits = jax.lax.bitcast_convert_type(sigma.astype(jnp.float32), jnp.uint32)
-    return jax.random.fold_in(jax.random.key(0), bits)
+    return jax.random.fold_in(seed, bits)
 
 
 __all__ = ["MiniBatched", "level_key"]

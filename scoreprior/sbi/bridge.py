@@ -103,7 +103,7 @@ def make_bridge(
         lowest = int(weights.argmin())  # the prior of training
         base, base_pull = precisions[lowest], precisions[lowest] @ means[lowest]
         for index in np.flatnonzero(weights > 0):
-            narrow, changed = _narrowed(precisions[index], base)
+            narrow, changed = narrowed(precisions[index], base)
             num_repaired += changed
             gain = share * (narrow @ means[index] - base_pull)
             precisions[index] = base + share * (narrow - base)
@@ -175,7 +175,7 @@ def _pulls(stacks: tuple[Stack[Factor], ...], center: Moments, sigma_min: Scalar
     return jax.vmap(at_level)(levels, jax.lax.map(axes, levels))
 
 
-def _narrowed(precision: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, bool]:
+def narrowed(precision: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, bool]:
     """`precision`, raised to at least `(1 + LEAST_GAIN) base` in every direction."""
     root = np.linalg.cholesky(base)
     inverse = np.linalg.inv(root)
@@ -194,4 +194,4 @@ def _log_normal(x: np.ndarray, precision: np.ndarray) -> float:
     return float(np.linalg.slogdet(precision / (2 * np.pi))[1] - x @ precision @ x) / 2
 
 
-__all__ = ["NUM_CHECKED", "Bridge", "find_bridge", "make_bridge", "pull"]
+__all__ = ["NUM_CHECKED", "Bridge", "find_bridge", "make_bridge", "narrowed", "pull"]

@@ -14,9 +14,11 @@ On the way from noise to data the cloud goes by a `bridge` of Gaussians.
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from scoreprior._stack import Stack
@@ -32,7 +34,7 @@ from scoreprior.feynman_kac import (
 )
 from scoreprior.flow import Flow, LogRatioTime, Multistep
 from scoreprior.prior import ScorePrior
-from scoreprior.sbi.bridge import NUM_CHECKED, Bridge, find_bridge
+from scoreprior.sbi.bridge import NUM_CHECKED, Bridge, find_bridge, make_bridge, pull
 
 
 class Product(Composition):
@@ -75,6 +77,23 @@ class Product(Composition):
                 f"batch_size must be None where posteriors have tails too wide for a bridge, got "
                 f"{batch_size}"
             )
+        elif bridge and priors:
+            self._check_plain_path(laws, exponents)
+
+    def _check_plain_path(self, laws: Any, exponents: Any) -> None:
+        """Warn where it does not pull inwards far out, by the Gaussian of the prior."""
+        plain = make_bridge(laws, exponents, 0.0)
+        self.num_repaired = plain.num_repaired
+        least = pull(self.factors(), plain.stack)
+        if least < 0:
+            warnings.warn(
+                f"the product of {self.num_observations} posteriors may have no normaliser: far "
+                "from its middle, scores of posteriors less those of the prior point outwards, by "
+                f"{-least:.2g} times what the prior pulls inwards, and draws would be of nothing; "
+                f"{self.num_repaired} of the posteriors are wider than the prior in some "
+                "direction: check the prior, train for longer, or compose fewer observations",
+                stacklevel=5,
+            )
 
     def _find_bridge(self, laws: Any, exponents: Any) -> tuple[Bridge, float] | None:
         n = self.num_observations
@@ -109,6 +128,7 @@ class Product(Composition):
             pairs=(posteriors, stack.take(np.arange(n))),
             rest=(*priors, stack.take(np.arange(n, stack.size))),
             num_in_batch=self.batch_size,
+            seed=jax.random.key(0),
         )
 
     def _lowest(self, sigma_min: float) -> float:
@@ -162,7 +182,8 @@ def compose(
     at, all of them where `None`: for thousands of observations, of one network.
 
     Flows get the noise levels and the solver of all together, so that they are solved side by side.
-    Raises `ValueError` for no posterior, and for shapes or noise levels that disagree.
+    Raises `ValueError` for no posterior, and for shapes or noise levels that disagree; warns where
+    no bridge is found and the product seems to have no normaliser.
     """
     posteriors = list(posteriors)
     if not posteriors:
@@ -174,7 +195,12 @@ def compose(
     given: list[tuple[Any, float]] = [(prior, 1.0 - n)]
     if new_prior is not None:
         given = [(prior, -float(n)), (new_prior, 1.0)]
-    priors = [(_as_prior(law, posteriors[0]), power) for law, power in given if power != 0]
+    names = ("prior", "new_prior")
+    priors = [
+        (_as_prior(name, law, posteriors[0]), power)
+        for name, (law, power) in zip(names, given, strict=False)
+        if power != 0
+    ]
     shapes = {law.event_shape for law in (*posteriors, *(law for law, _ in priors))}
     if len(shapes) > 1:
         raise ValueError(
@@ -221,17 +247,18 @@ def _split(product: Product) -> tuple[Stack[Factor], ...]:
     return (first.take(np.arange(n)), *rest)
 
 
-def _as_prior(law: Any, like: ScorePrior) -> ScorePrior:
+def _as_prior(name: str, law: Any, like: ScorePrior) -> ScorePrior:
     if isinstance(law, ScorePrior):
         return law
     if law is None:
         raise ValueError(
-            "prior must be a ScorePrior or an exact denoiser, got None: this prior has no closed "
+            f"{name} must be a ScorePrior or an exact denoiser, got None: this prior has no closed "
             "form with noise; train with drop > 0 and take posterior.prior(), the learned one"
         )
     if not isinstance(law, AbstractExact):
         raise TypeError(
-            f"prior must be a ScorePrior or an exact denoiser, got {type(law).__name__}"
+            f"{name} must be a ScorePrior or an exact denoiser, a law of z, got "
+            f"{type(law).__name__}; that of the prior of training is posterior.parameters.law"
         )
     flow = like.flow
     levels = {"sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max}

@@ -4,25 +4,31 @@ For posteriors `p(z | x_i)`, `i = 1 ... n`, with noised scores `s_i`, and a prio
 each class puts them together into one score for each noise level `sigma`, and is a denoiser with
 it, `D = z + sigma^2 s`, so that every sampler of `scoreprior.sample` applies. None has the law of
 the product, even with exact scores, unless all factors are Gaussian; `FeynmanKac` on a
-`sbi.Product` has. They are here as starts, as proposals, and to be compared with.
+`sbi.Product` has. They are here to be compared with.
 """
 
+import warnings
 from abc import abstractmethod
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from scoreprior._stack import Stack
 from scoreprior._typing import Context, Event, Key, Scalar, Sigma
-from scoreprior._util import check_count, check_positive
+from scoreprior._util import check_count, check_positive, is_traced
 from scoreprior.composition import Composition
 from scoreprior.denoise import AbstractDenoiser
 from scoreprior.feynman_kac import Factor
 from scoreprior.feynman_kac.composed import sum_over
 from scoreprior.feynman_kac.minibatch import level_key
+from scoreprior.flow import Flow
+from scoreprior.gaussian import Moments
+from scoreprior.prior import ScorePrior
+from scoreprior.sbi.bridge import narrowed
 from scoreprior.sbi.compose import Product
 
 
@@ -34,6 +40,10 @@ class AbstractComposite(AbstractDenoiser):
     num_observations: int = eqx.field(static=True)
 
     def __init__(self, product: Product):
+        if not isinstance(product, Product):
+            raise TypeError(
+                f"product must be what sbi.compose(...) returns, got {type(product).__name__}"
+            )
         n = product.num_observations
         laws, exponents = product.priors, product.exponents
         self.num_observations = n
@@ -72,7 +82,33 @@ class GAUSS(AbstractComposite):
 
     over posteriors (`w = 1`) and prior (`w = 1 - n`), `C_j` the covariances of the moments of the
     flows. Exact where all factors are Gaussian.
+
+    `Lambda` has to be positive definite, and need not be where a posterior is wider than the prior
+    in some direction, as an estimate may make it. Such covariances are cut to the prior's there;
+    their number is `num_repaired`, and a warning.
     """
+
+    num_repaired: int = eqx.field(static=True)
+
+    def __init__(self, product: Product):
+        super().__init__(product)
+        self.num_repaired = 0
+        if not self.priors or is_traced(product.priors[0].flow.moments.mean):
+            return
+        n = product.num_observations
+        laws, lowest = product.priors, int(np.argmin(np.asarray(product.exponents)))
+        inverses = [np.linalg.inv(np.asarray(law.flow.moments.covariance(), float)) for law in laws]
+        repaired = [narrowed(inverse, inverses[lowest]) for inverse in inverses[:n]]
+        self.num_repaired = sum(changed for _, changed in repaired)
+        if self.num_repaired == 0:
+            return
+        warnings.warn(
+            f"{self.num_repaired} of {n} posteriors are wider than the prior in some direction: "
+            "GAUSS takes the prior's covariance there",
+            stacklevel=4,
+        )
+        narrow = [_narrow(law, inverse) for law, (inverse, _) in zip(laws, repaired, strict=False)]
+        self.posteriors = Composition(narrow, product.exponents[:n]).factors()
 
     def composite(self, z: Event, sigma: Scalar) -> Event:
         def precision(factor: Factor) -> Float[Array, "size size"]:
@@ -99,6 +135,14 @@ class JAC(AbstractComposite):
             return jnp.linalg.inv((jacobian + jacobian.T) / 2)
 
         return _averaged(self.stacks, precision, z, sigma)
+
+
+def _narrow(law: ScorePrior, precision: np.ndarray) -> ScorePrior:
+    """`law` with the moments of `precision` about its mean."""
+    flow, mean = law.flow, law.flow.moments.mean
+    moments = Moments.dense(mean, jnp.asarray(np.linalg.inv(precision), mean.dtype))
+    levels = {"sigma_min": flow.sigma_min, "sigma_max": flow.sigma_max, "solver": flow.solver}
+    return ScorePrior(Flow(flow.denoiser, moments, **levels))
 
 
 def _averaged(stacks: tuple[Stack[Factor], ...], precision: Any, z: Event, sigma: Scalar) -> Event:
@@ -136,7 +180,7 @@ class AbstractWithTime(AbstractComposite):
 class FNPSE(AbstractWithTime):
     """`(1 - n) (1 - t) grad log p(z) + sum_i s_i` (Geffner et al. 2023, eq. 7).
 
-    For `AnnealedLangevin`. With posteriors of sets of up to `m` observations it is PF-NPSE.
+    For `annealed_langevin`. With posteriors of sets of up to `m` observations it is PF-NPSE.
     """
 
     def composite(self, z: Event, sigma: Scalar) -> Event:
@@ -194,7 +238,9 @@ class Damped(AbstractWithTime):
         prior = self.fading_prior(self.priors[0][0], z, sigma)
         size = n if self.batch_size is None else self.batch_size
         if size < n:
-            batch = jax.random.choice(level_key(sigma), n, (size,), replace=False)
+            batch = jax.random.choice(
+                level_key(jax.random.key(0), sigma), n, (size,), replace=False
+            )
             posteriors = posteriors.take(batch)
         gains = sum_over((posteriors,), lambda f: _score(f, z, sigma) - prior)
         return prior + self.last ** self.time(sigma) * n / size * gains

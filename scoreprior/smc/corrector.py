@@ -21,6 +21,7 @@ from scoreprior.feynman_kac import (
     AbstractRejuvenation,
     AbstractWeight,
     Composed,
+    FeynmanKacModel,
     FKState,
     Resampling,
     TargetScore,
@@ -141,12 +142,13 @@ class FeynmanKac(eqx.Module):
         """
         target = self._scheme.target(problem)
         key_start, key_steps, key_end = jax.random.split(key, 3)
+        key_chain = jax.random.fold_in(key, 3)
         store = Checkpoint.of(checkpoint, lambda: self._settings(target, key))
-        clouds = _start(self, target.chain, key_start)
+        clouds = _start(self, target.chain, key_chain, key_start)
 
         def advance(clouds: FKState, start: int, count: int) -> Any:
             keys = key_steps, jnp.asarray(start), jnp.asarray(count)
-            clouds, record = _advance(self, target.chain, clouds, *keys)
+            clouds, record = _advance(self, target.chain, key_chain, clouds, *keys)
             _check_weights(clouds, start + count, self.guidance)
             return clouds, record
 
@@ -233,34 +235,45 @@ def _check_weights(clouds: FKState, done: int, guidance: Any) -> None:
         )
 
 
+def _model(chain: Twisted | Composed | Pinned, seed: Key) -> FeynmanKacModel:
+    """Of one group."""
+    return (chain.seeded(seed) if isinstance(chain, Composed) else chain).model()
+
+
 @eqx.filter_jit
-def _start(engine: FeynmanKac, chain: Twisted | Composed | Pinned, key: Key) -> FKState:
-    keys, model = jax.random.split(key, engine.num_groups), chain.model()
-    return jax.vmap(lambda key: init(model, engine.num_particles, key))(keys)
+def _start(
+    engine: FeynmanKac, chain: Twisted | Composed | Pinned, key_chain: Key, key: Key
+) -> FKState:
+    def one(seed: Key, key: Key) -> FKState:
+        return init(_model(chain, seed), engine.num_particles, key)
+
+    return jax.vmap(one)(*(jax.random.split(k, engine.num_groups) for k in (key_chain, key)))
 
 
 @eqx.filter_jit
 def _advance(
     engine: FeynmanKac,
     chain: Twisted | Composed | Pinned,
+    key_chain: Key,
     clouds: FKState,
     key: Key,
     start: Array,
     count: Array,
 ) -> tuple[FKState, dict[str, dict[str, Array]]]:
     """All clouds `count` steps on; the record has leaves [chunk_size, group]."""
-    model, resampling = chain.model(), Resampling(engine.threshold)
+    resampling = Resampling(engine.threshold)
+    seeds = jax.random.split(key_chain, engine.num_groups)
 
     def one(clouds: FKState, number: Array) -> Any:
         keys = jax.random.split(jax.random.fold_in(key, number), engine.num_groups)
         # The step is that of all groups: under `vmap`, a branch on it would be taken both ways.
         at = clouds._replace(step=None)
         new, info = jax.vmap(
-            lambda cloud, key: step(
-                model, resampling, cloud._replace(step=number), key, axis_name="group"
+            lambda seed, cloud, key: step(
+                _model(chain, seed), resampling, cloud._replace(step=number), key, "group"
             ),
             axis_name="group",
-        )(at, keys)
+        )(seeds, at, keys)
         return new, info._asdict()
 
     first = jax.eval_shape(lambda: one(clouds, start.astype(jnp.int32))[1])
