@@ -12,8 +12,9 @@ with its default number of steps, and with the smallest one at which its C2ST is
 of the default, found by bisection. C2ST is that of `check.c2st` with 2,000 draws, the mean over
 five observations.
 
-Seconds are those of the processor, to which other programs on the machine do not add: medians of
-calls with other keys and observations. What the first call takes more is compilation. Among the
+Seconds are those of the processor, to which waiting for other programs does not add: medians of
+calls with other keys and observations, for which the packages take turns, so that what slows the
+machine slows all of them. What the first call takes more is compilation. Among the
 evaluations for one draw are those of the 512 draws by which scoreprior whitens its flow, and those
 that sbi rejects since they lie outside the prior.
 
@@ -56,7 +57,7 @@ class Size(NamedTuple):
     observations: int = 5
     draws: int = 2000  # for the classifier
     total: int = 10_000
-    repeats: int = 3
+    turns: int = 3
     steps: int = 20_000  # of training
     epochs: int | None = None  # of training of sbi, at most
 
@@ -159,11 +160,17 @@ def measure(
         named = {"package": package.name, "weights": trained["weights"]}
         for steps in (ladder[0], least):
             rows.append({**named, "steps": steps, **found(steps), "training": trained["seconds"]})
-    for row in rows:  # all timings together, after all else
-        package = next(p for p in packages if p.name == row["package"])
-        asked = {"steps": row["steps"], "num": size.total, "repeats": size.repeats}
-        label = f"{task}, {package.name}, {row['steps']} steps, seconds"
-        row |= progress(label, size, lambda p=package, a=asked: p.ask(folder, "time", **a))
+    timed: list[list[dict[str, float]]] = [[] for _ in rows]
+    for turn in range(size.turns):  # after all else
+        for row, times in zip(rows, timed, strict=True):
+            package = next(p for p in packages if p.name == row["package"])
+            asked = {"steps": row["steps"], "num": size.total, "repeats": 1}
+            label = f"{task}, {package.name}, {row['steps']} steps, seconds, turn {turn}"
+            times.append(
+                progress(label, size, lambda p=package, a=asked: p.ask(folder, "time", **a))
+            )
+    for row, times in zip(rows, timed, strict=True):
+        row |= {name: float(np.median([one[name] for one in times])) for name in times[0]}
     return rows
 
 

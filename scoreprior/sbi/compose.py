@@ -35,6 +35,7 @@ from scoreprior.feynman_kac import (
 from scoreprior.flow import Flow, LogRatioTime, Multistep
 from scoreprior.prior import ScorePrior
 from scoreprior.sbi.bridge import NUM_CHECKED, Bridge, find_bridge, make_bridge, pull
+from scoreprior.sbi.confined import confine
 
 
 class Product(Composition):
@@ -182,6 +183,8 @@ def compose(
     at, all of them where `None`: for thousands of observations, of one network.
 
     Flows get the noise levels and the solver of all together, so that they are solved side by side.
+    Learned posteriors go over to a `prior` that is known and not normal where that has less than
+    one draw in ten thousand, see `sbi.confined`: beyond its edges they would have no product.
     Raises `ValueError` for no posterior, and for shapes or noise levels that disagree; warns where
     no bridge is found and the product seems to have no normaliser.
     """
@@ -206,6 +209,8 @@ def compose(
         raise ValueError(
             f"posteriors and prior must share an event shape, the size of z, got {sorted(shapes)}"
         )
+    if priors:
+        posteriors = confine(posteriors, prior)
     laws = _alike([*posteriors, *(law for law, _ in priors)])
     exponents = [1.0] * n + [power for _, power in priors]
     if batch_size is not None:

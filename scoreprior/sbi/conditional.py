@@ -4,7 +4,6 @@ A regression of the parameters `z` on the observation stands under the network, 
 the regression leaves: for a linear Gaussian model under a normal or a uniform prior, nothing.
 """
 
-import math
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -294,35 +293,6 @@ class Amortised(AbstractDenoiser):
         network = Network(self.net.mlp, self.moments(context))
         known = self.regression.denoise(x, sigma, standardised.ravel(), context.known)
         return known + network.residual(x, sigma, told)
-
-
-class Confined(AbstractDenoiser):
-    """`denoiser` where the noised prior puts `z`, and the prior's own denoiser `law` far beyond.
-
-    There training has shown nothing, so that an observation is to say nothing. The tails matter
-    where many posteriors are put together: those of a regression under a network are Gaussian, and
-    a product of them over powers of a prior that ends at an edge has no normaliser.
-
-    With the energy `E = -log p_sigma` of the prior, `rho^2 = 2 E(z) - 2 E(center)`, for a normal
-    prior the distance in standard deviations. `denoiser` holds up to `rho = sqrt(size) + 3`, beyond
-    which the prior has less than one draw in ten thousand, and `law` from `sqrt(size) + 4` on.
-    """
-
-    denoiser: AbstractDenoiser
-    law: AbstractDenoiser
-    center: Float[Array, " size"]
-
-    @property
-    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        return self.denoiser.level_range
-
-    def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
-        root = math.sqrt(x.size)
-        near, far = (root + 3) ** 2, (root + 4) ** 2
-        depth = 2 * (self.law.energy(x, sigma) - self.law.energy(self.center, sigma))
-        share = jnp.clip((far - depth) / (far - near), 0.0, 1.0)
-        alone = self.law(x, sigma)
-        return alone + share**2 * (3 - 2 * share) * (self.denoiser(x, sigma, context) - alone)
 
 
 class ConditionalLoss(AbstractLoss):

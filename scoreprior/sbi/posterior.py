@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, PyTree
 
 from scoreprior._typing import Key
 from scoreprior._util import check_count, is_traced
-from scoreprior.denoise import AbstractDenoiser, Conditioned, Gaussian
+from scoreprior.denoise import AbstractDenoiser, Conditioned
 from scoreprior.flow import Flow
 from scoreprior.gaussian import Dense, Moments
 from scoreprior.prior import ScorePrior
 from scoreprior.sbi import saved
-from scoreprior.sbi.conditional import Confined, Observed
+from scoreprior.sbi.conditional import Observed
 from scoreprior.sbi.embed import Standardise
 from scoreprior.sbi.parameters import Parameters
 from scoreprior.solver import AbstractSolver, LogRatioTime, Multistep
@@ -107,10 +107,10 @@ class Posterior(eqx.Module):
             default_solver(self.moments, self.sigma_min) if self.solver is None else self.solver
         )
         options = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "solver": solver}
-        start = Flow(self._told(contexts), self.moments, **options)
+        start = Flow(Conditioned(self.denoiser, contexts), self.moments, **options)
         own = _all_moments(start, contexts, num_pilot)
         return [
-            ScorePrior(Flow(self._told(context), moments, **options))
+            ScorePrior(Flow(Conditioned(self.denoiser, context), moments, **options))
             for context, moments in zip(_unstacked(contexts), _unstacked(own), strict=True)
         ]
 
@@ -195,19 +195,10 @@ class Posterior(eqx.Module):
 
         return saved.read(path, saved.POSTERIOR, prior, build)
 
-    def _told(self, context: Observed) -> Conditioned:
-        """The denoiser of `z` given one observation, `context(x_o)`.
-
-        Far beyond a prior that is known and not normal it is the prior's own: see `Confined`.
-        """
-        law = self.parameters.law
-        if law is None or isinstance(getattr(law, "denoiser", law), Gaussian):
-            return Conditioned(self.denoiser, context)
-        return Conditioned(Confined(self.denoiser, law, self.moments.mean), context)
-
     def _score_prior(self, context: Observed) -> ScorePrior:
         levels = (self.sigma_min, self.sigma_max)
-        return conditioned(self._told(context), self.moments, levels, self.solver)
+        denoiser = Conditioned(self.denoiser, context)
+        return conditioned(denoiser, self.moments, levels, self.solver)
 
 
 def conditioned(
