@@ -1,8 +1,6 @@
 """Posteriors of a series by its transitions, and of many observations by subsets of them."""
 
 import itertools
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -119,25 +117,6 @@ def test_states_drawn_from_the_series_itself_count_twice():
     draws, _, _ = cloud(sbi.compose(posteriors, PRIOR), 60)
     with pytest.raises(AssertionError, match="covariance"):
         assert_cov(draws, of_whole(x, starts_anywhere=False)[0].covariance(), bias=0.15)
-
-
-@pytest.mark.slow
-def test_the_example_of_the_documentation_is_right():
-    """`theta` given 12 transitions: `N(0, 1)` times those of standard deviation 0.3."""
-    page = (Path(__file__).parents[1] / "docs" / "simulation-based.md").read_text()
-    section = page.split("## Time series")[1]
-    block = re.search(r"^```python\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
-    names: dict = {}
-    exec(block[1], names)
-    gains = np.asarray(names["series"][1:] - 0.5 * names["series"][:-1])
-    assert len(gains) == 12
-    precision = 1 + 12 / 0.3**2
-    mean, sd = gains.sum() / 0.3**2 / precision, precision**-0.5
-    draws = np.asarray(names["theta"])
-    assert abs(draws.mean() - mean) < 0.5 * sd
-    assert abs(draws.std() / sd - 1) < 0.2
-    # One transition alone says much less.
-    assert sd < 0.35 * (1 + 1 / 0.3**2) ** -0.5
 
 
 # Subsets of m of the observations x_i = z + N(0, NOISE).
