@@ -361,26 +361,6 @@ def test_posteriors_that_have_no_product_are_told():
     assert (product.share, product.num_repaired) == (0.0, 40)
 
 
-def test_particles_are_moved_along_lines_at_every_level():
-    x = X[:2]
-    truth, log_z = tall_mixture(x)
-    product = sbi.compose([mixed_posterior(one) for one in x], PRIOR)
-
-    def model():
-        numpyro.sample("z", product)
-
-    engine = FeynmanKac(None, 1000, 2, 100, threshold=1.0, rejuvenation=fk.ScoreLine(1.0))
-    tree = infer(model, engine, key=KEY, progress=False)
-    stats = tree.sample_stats
-    assert stats["resampled"].all()
-    assert (stats["rejuvenated"].values[:, 1:] > 0.5).all()
-    draws = np.asarray(tree.posterior["z"]).reshape(-1, 2)
-    moments = truth.moments()
-    assert_mean(draws, moments.mean, ess=1000, bias=0.3)
-    assert_cov(draws, moments.covariance(), ess=1000, bias=0.5)
-    assert abs(float(stats["log_evidence"]) - log_z) < 0.1
-
-
 @pytest.mark.slow
 @pytest.mark.promotes_ranks
 def test_engines_that_take_the_density_agree_on_a_product():
