@@ -30,8 +30,9 @@ from scoreprior.gaussian import Dense, Moments
 from scoreprior.nn import ResidualMLP
 from scoreprior.prior import ScorePrior
 from scoreprior.sbi import saved
-from scoreprior.sbi.amortise import pairs, split
+from scoreprior.sbi.amortise import split
 from scoreprior.sbi.embed import Standardise
+from scoreprior.sbi.pairs import Source, pairs
 from scoreprior.sbi.parameters import THETA, Parameters
 from scoreprior.sbi.posterior import conditioned, push
 from scoreprior.train import AbstractLevels, AbstractLoss, History, LogUniform, adamw, fit
@@ -287,6 +288,9 @@ class JointNPSE(eqx.Module):
         prior: dist.Distribution | Callable[[], Any] | Parameters,
         simulations: Any,
         *,
+        num_simulations: int | None = None,
+        key: Key | None = None,
+        store: str | os.PathLike[str] | None = None,
         width: int = 128,
         num_blocks: int = 3,
         dropout: float = 0.1,
@@ -298,7 +302,7 @@ class JointNPSE(eqx.Module):
         self.parameters = prior if isinstance(prior, Parameters) else Parameters.of(prior)
         if X in self.parameters.names:
             raise ValueError(f"prior must have no site {X!r}, the name of the observation")
-        self.z, self.x = pairs(self.parameters, simulations)
+        self.z, self.x = pairs(self.parameters, simulations, Source(num_simulations, key, store))
         self.width, self.num_blocks, self.dropout = width, num_blocks, dropout
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
