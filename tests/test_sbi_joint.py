@@ -172,3 +172,55 @@ def test_a_site_that_depends_on_an_unknown_one_is_refused():
     with pytest.raises(ValueError, match="coordinates of their own"):
         law.condition({"mean": 0.3})
     assert law.context({"scale": 0.3}).observed.sum() == 1
+
+
+def ranged():
+    """`joint`, with the range of `z` in training too."""
+    range_z = Standardise(jnp.zeros(2), jnp.ones(2), jnp.full(2, -3.0), jnp.full(2, 3.0))
+    return eqx.tree_at(lambda law: law.range_z, joint(), range_z, is_leaf=lambda leaf: leaf is None)
+
+
+@pytest.mark.parametrize(
+    ("observed", "message"),
+    [
+        ({"x": VALUE[2:].at[0].set(1e3)}, "x lies outside the range .* in 1 of 3 features"),
+        ({"x": jnp.array([jnp.nan, -1e3, 1e3])}, "x lies outside the range .* in 2 of 2 features"),
+        ({"theta": LOC + 4 * SD}, "theta lies outside the range .* in 2 of 2 features"),
+        ({"theta": jnp.array([jnp.nan, 1.0])}, "theta lies outside the range .* in 1 of 1 feat"),
+        ({"theta": VALUE[:2].at[0].set(-9.0), "x": VALUE[2:].at[1].set(jnp.nan)}, "theta .* 1 of"),
+    ],
+)
+def test_what_lies_outside_training_is_warned_of_once(observed, message):
+    for act in (ranged().context, ranged().condition, lambda o: ranged().sample(KEY, o, 2)):
+        with pytest.warns(UserWarning, match=message) as caught:
+            act(observed)
+        assert len(caught) == 1
+
+
+def test_what_lies_inside_training_is_not_warned_of():
+    """Warnings are errors here; what is missing has no range."""
+    for observed in ({}, {"x": VALUE[2:].at[0].set(jnp.nan)}, {"theta": VALUE[:2]}):
+        ranged().context(observed)
+    joint().context({"theta": LOC + 4 * SD})  # without a range of z there is nothing to compare
+
+
+@pytest.mark.parametrize("infinite", [jnp.inf, -jnp.inf])
+def test_infinite_values_are_refused(as_user, infinite):
+    message = " must be finite, or NaN where it is missing, got 1 of "
+    with pytest.raises(ValueError, match=f"^x{message}3 values infinite"):
+        joint().condition({"x": jnp.array([jnp.nan, infinite, 0.0])})
+    with pytest.raises(ValueError, match=f"^theta{message}2 values infinite"):
+        joint().sample(KEY, {"theta": VALUE[:2].at[1].set(infinite)}, 5)
+
+
+def apart():
+    numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    numpyro.sample("mean", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.filterwarnings("ignore:Out-of-support values")
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_parameters_outside_the_prior_are_refused(as_user, scale):
+    law = eqx.tree_at(lambda law: law.parameters, joint(), Parameters.of(apart))
+    with pytest.raises(ValueError, match=f"scale must lie inside the support .*, got {scale}, wi"):
+        law.context({"scale": scale})
