@@ -1,4 +1,4 @@
-"""One network for every conditional, and sequential rounds, on laws in closed form."""
+"""One network for every conditional, on laws in closed form."""
 
 import equinox as eqx
 import jax
@@ -9,14 +9,10 @@ import numpyro.distributions as dist
 import pytest
 
 from scoreprior import nn
-from scoreprior.denoise import Gaussian
-from scoreprior.flow import Flow
 from scoreprior.gaussian import Moments
 from scoreprior.nn.embed import zeroed
-from scoreprior.prior import ScorePrior
-from scoreprior.sbi import TSNPSE, JointNPSE, JointPosterior, Parameters, Standardise
+from scoreprior.sbi import JointNPSE, JointPosterior, Parameters, Standardise
 from scoreprior.sbi.joint import DrawMask, JointDenoiser, Masked
-from scoreprior.sbi.sequential import Region, distance, draw_truncated
 from stats import assert_cov, assert_mean, assert_proportion
 
 pytestmark = pytest.mark.promotes_ranks
@@ -178,70 +174,53 @@ def test_a_site_that_depends_on_an_unknown_one_is_refused():
     assert law.context({"scale": 0.3}).observed.sum() == 1
 
 
-# Sequential rounds.
-
-
-def gaussian(sd, mean=(0.3, -0.2)):
-    law = Moments(jnp.array(mean), jnp.asarray(sd) ** 2)
-    return ScorePrior(Flow(Gaussian(law), law, sigma_min=1e-5, sigma_max=10.0))
-
-
-def test_a_truncated_prior_is_the_prior_on_the_region():
-    """`log q >= threshold` is an ellipse, of which the share of prior draws is counted by hand."""
-    parameters = Parameters.of(dist.Normal(jnp.zeros(2), 1.0).to_event(1))
-    sd = jnp.array([0.4, 0.2])
-    region = Region.of(gaussian(sd), KEY, 0.05)
-    radius = -2 * (region.threshold - gaussian(sd).log_prob(jnp.array([0.3, -0.2])))
-    np.testing.assert_allclose(radius, -2 * np.log(0.05), rtol=0.1)  # 95 % of a chi^2 of 2
-    theta, acceptance = draw_truncated(parameters, region, KEY, 3000)
-    squared = jnp.sum(((theta - jnp.array([[0.3, -0.2]])) / sd[None]) ** 2, 1)
-    assert jnp.max(squared) <= radius * (1 + 1e-6)
-    free = jax.random.normal(jax.random.key(1), (400_000, 2))
-    inside = jnp.sum(((free - jnp.array([[0.3, -0.2]])) / sd[None]) ** 2, 1) <= radius
-    share = float(inside.mean())
-    assert abs(acceptance - share) < 5 * np.sqrt(share / (3000 / share)) + 1e-3
-    assert_mean(theta, np.asarray(free[inside].mean(0)), bias=0.2)
-    assert region(free[:1000]).tolist() == inside[:1000].tolist()
-
-
-def test_distance_is_zero_for_one_law_and_the_shift_for_two():
-    one, other = gaussian([0.4, 0.4]), gaussian([0.4, 0.4], (0.5, -0.2))
-    assert distance(one, one, KEY) == 0
-    np.testing.assert_allclose(distance(one, other, KEY), 0.5 / np.sqrt(2), rtol=0.15)
-
-
-def simulate(key, theta):
-    return theta + 0.05 * jax.random.normal(key, (1,))
-
-
-def test_rounds_narrow_the_prior_and_stop_when_nothing_changes():
-    """The posterior has sd 0.05, so a region of all its mass holds few prior draws."""
-    prior = dist.Normal(jnp.zeros(1), 1.0).to_event(1)
-    training = {"num_steps": 60, "batch_size": 64, "progress": False}
-    settings = {"width": 8, "num_blocks": 1}
-    run = TSNPSE(prior, simulate, 300, 5, tolerance=0.5, settings=settings, training=training)
-    result = run.fit(jnp.array([0.7]), key=KEY)
-    first, *later = result.rounds
-    assert first.acceptance == 1
-    assert np.isnan(first.change)
-    assert 1 < len(result.rounds) < 5
-    assert all(0.05 < r.acceptance < 0.25 for r in later)
-    assert later[-1].change <= 0.5
-    assert [r.num_simulations for r in later] == [300 * (i + 2) for i in range(len(later))]
-    draws = result.posterior.sample(KEY, jnp.array([0.7]), 2000)
-    assert abs(draws.mean() - 0.7) < 0.02
-    assert abs(draws.std() - 0.05) < 0.01
+def ranged():
+    """`joint`, with the range of `z` in training too."""
+    range_z = Standardise(jnp.zeros(2), jnp.ones(2), jnp.full(2, -3.0), jnp.full(2, 3.0))
+    return eqx.tree_at(lambda law: law.range_z, joint(), range_z, is_leaf=lambda leaf: leaf is None)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("observed", "message"),
     [
-        ({"num_simulations": 2}, "num_simulations must be at least 4, got 2"),
-        ({"num_rounds": 0}, "num_rounds must be at least 1, got 0"),
-        ({"quantile": 0.0}, r"quantile must lie in \(0, 1\), got 0"),
-        ({"tolerance": -1.0}, "tolerance must be a positive finite number"),
+        ({"x": VALUE[2:].at[0].set(1e3)}, "x lies outside the range .* in 1 of 3 features"),
+        ({"x": jnp.array([jnp.nan, -1e3, 1e3])}, "x lies outside the range .* in 2 of 2 features"),
+        ({"theta": LOC + 4 * SD}, "theta lies outside the range .* in 2 of 2 features"),
+        ({"theta": jnp.array([jnp.nan, 1.0])}, "theta lies outside the range .* in 1 of 1 feat"),
+        ({"theta": VALUE[:2].at[0].set(-9.0), "x": VALUE[2:].at[1].set(jnp.nan)}, "theta .* 1 of"),
     ],
 )
-def test_rounds_that_are_refused(as_user, change, message):
-    with pytest.raises(ValueError, match=message):
-        TSNPSE(PRIOR, simulate, **({"num_simulations": 10, "num_rounds": 2} | change))
+def test_what_lies_outside_training_is_warned_of_once(observed, message):
+    for act in (ranged().context, ranged().condition, lambda o: ranged().sample(KEY, o, 2)):
+        with pytest.warns(UserWarning, match=message) as caught:
+            act(observed)
+        assert len(caught) == 1
+
+
+def test_what_lies_inside_training_is_not_warned_of():
+    """Warnings are errors here; what is missing has no range."""
+    for observed in ({}, {"x": VALUE[2:].at[0].set(jnp.nan)}, {"theta": VALUE[:2]}):
+        ranged().context(observed)
+    joint().context({"theta": LOC + 4 * SD})  # without a range of z there is nothing to compare
+
+
+@pytest.mark.parametrize("infinite", [jnp.inf, -jnp.inf])
+def test_infinite_values_are_refused(as_user, infinite):
+    message = " must be finite, or NaN where it is missing, got 1 of "
+    with pytest.raises(ValueError, match=f"^x{message}3 values infinite"):
+        joint().condition({"x": jnp.array([jnp.nan, infinite, 0.0])})
+    with pytest.raises(ValueError, match=f"^theta{message}2 values infinite"):
+        joint().sample(KEY, {"theta": VALUE[:2].at[1].set(infinite)}, 5)
+
+
+def apart():
+    numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    numpyro.sample("mean", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.filterwarnings("ignore:Out-of-support values")
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_parameters_outside_the_prior_are_refused(as_user, scale):
+    law = eqx.tree_at(lambda law: law.parameters, joint(), Parameters.of(apart))
+    with pytest.raises(ValueError, match=f"scale must lie inside the support .*, got {scale}, wi"):
+        law.context({"scale": scale})

@@ -180,6 +180,15 @@ def test_a_joint_posterior_comes_back_bit_for_bit(tmp_path):
     again = JointPosterior.load(tmp_path / "joint", prior)
     same(again, joint, joint.context({"x": X_O}))
     same_laws(again, joint, {"x": X_O})
+    with pytest.warns(UserWarning, match="x lies outside the range .* in 1 of 2 features"):
+        again.context({"x": X_O.at[0].set(1e3)})
+    with pytest.warns(UserWarning, match="scale lies outside the range .* in 1 of 1 features"):
+        again.context({"scale": 1e3})
+    before = eqx.tree_at(lambda p: p.range_z, joint, None)
+    before.save(tmp_path / "before")
+    older = JointPosterior.load(tmp_path / "before", prior)
+    assert older.range_z is None
+    older.context({"scale": 1e3})
     with pytest.raises(ValueError, match=r"not the config of a posterior saved by sbi\.Posterior"):
         Posterior.load(tmp_path / "joint", prior)
 

@@ -6,6 +6,7 @@ et al., "Compositional score modeling for simulation-based inference", ICML 2023
 language of noise levels of the rest of the library.
 """
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from scoreprior._typing import Key, Scalar
 from scoreprior._util import check_count, check_positive
@@ -31,6 +32,7 @@ from scoreprior.sbi.conditional import (
     regress,
 )
 from scoreprior.sbi.embed import Flat, Standardise
+from scoreprior.sbi.pairs import Source, pairs
 from scoreprior.sbi.parameters import Parameters
 from scoreprior.sbi.posterior import Posterior
 from scoreprior.sbi.surrogate import Surrogate
@@ -42,9 +44,11 @@ class NPSE(eqx.Module):
 
     **Arguments:** `prior`, a NumPyro distribution or model; `simulations`, anything with `theta`
     and `x`, such as the result of `sbi.simulate`, or the pair `(theta, x)`, with leading axis
-    [n], `theta` an array or a dict as `prior` has it, and `x` [n, *x]; `embedding(x)`, a callable
-    pytree from one standardised observation to a vector, trained with the network, by default
-    the flattened observation itself; `SetEncoder(...)` where an observation is a set, `x`
+    [n], `theta` an array or a dict as `prior` has it, and `x` [n, *x]; or a simulator, of which
+    `sbi.simulate` makes `num_simulations` draws with `key`, kept in the folder `store` if there is
+    one, with its rules and errors for draws that fail; `embedding(x)`, a callable pytree from one
+    standardised observation to a vector, trained with the network, by default the flattened
+    observation itself; `SetEncoder(...)` where an observation is a set, `x`
     [n, max_items, *x], of which training draws subsets of every size; `drop`, the share of
     training without an observation, from which `Posterior.prior` is learnt.
 
@@ -53,7 +57,8 @@ class NPSE(eqx.Module):
 
     Simulations with values that are not finite are left out, with a warning that counts them: the
     posterior is then that given a finite simulation. Raises `ValueError` before any work for
-    shapes that disagree, for none or all of them left out, and for `theta` outside the prior.
+    shapes that disagree, for none or all of them left out, for `theta` outside the prior, for a
+    simulator without `num_simulations` and `key`, and for these beside simulations.
     """
 
     parameters: Parameters
@@ -72,6 +77,9 @@ class NPSE(eqx.Module):
         prior: dist.Distribution | Callable[[], Any] | Parameters,
         simulations: Any,
         *,
+        num_simulations: int | None = None,
+        key: Key | None = None,
+        store: str | os.PathLike[str] | None = None,
         embedding: Callable[..., Array] | None = None,
         width: int = 128,
         num_blocks: int = 3,
@@ -85,7 +93,7 @@ class NPSE(eqx.Module):
         check_positive("sigma_min", sigma_min)
         check_positive("sigma_max", sigma_max)
         self.parameters = prior if isinstance(prior, Parameters) else Parameters.of(prior)
-        self.z, self.x = pairs(self.parameters, simulations)
+        self.z, self.x = pairs(self.parameters, simulations, Source(num_simulations, key, store))
         self.embedding = Flat() if embedding is None else embedding
         self.width, self.num_blocks, self.dropout = width, num_blocks, dropout
         self.drop, self.sigma_min, self.sigma_max = drop, sigma_min, sigma_max
@@ -280,52 +288,3 @@ def split(key: Key, num: int, held_out: float) -> tuple[Int[Array, " n"], Int[Ar
         )
     order = jax.random.permutation(key, num)
     return order[num_held_out:], order[:num_held_out]
-
-
-def pairs(parameters: Parameters, simulations: Any) -> tuple[Array, Array]:
-    """Vectors `z` [n, size] and finite simulations `x` [n, *x], with a warning for those left out.
-
-    `simulations` are a pair or have the attributes `theta` and `x`.
-    """
-    theta, x = _theta_and_x(simulations)
-    x = jnp.asarray(x)
-    if x.ndim < 1 or len(x) == 0:
-        raise ValueError(f"simulations must hold at least one x, [n, *x], got shape {x.shape}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        x = x.astype(jnp.zeros(()).dtype)
-    for leaf in jax.tree.leaves(theta):
-        if jnp.shape(leaf)[:1] != x.shape[:1]:
-            raise ValueError(
-                f"theta and x must have as many simulations, got {jnp.shape(leaf)} and {x.shape}"
-            )
-    is_finite = np.asarray(jnp.isfinite(x.reshape(len(x), -1)).all(1))
-    num_bad = int((~is_finite).sum())
-    if num_bad == len(x):
-        raise ValueError(f"simulations must not all hold NaN or infinite values, got {num_bad}")
-    if num_bad:
-        warnings.warn(
-            f"{num_bad} of {len(x)} simulations hold NaN or infinite values and are left out: the "
-            "posterior is that given a finite simulation",
-            stacklevel=3,
-        )
-    z = jax.vmap(parameters.to_vector)(
-        jax.tree.map(lambda leaf: jnp.asarray(leaf)[is_finite], theta)
-    )
-    num_outside = int((~jnp.isfinite(z).all(1)).sum())
-    if num_outside:
-        raise ValueError(
-            f"theta must lie inside the support of the prior, got {num_outside} of {len(z)} draws "
-            "at its edge, outside or NaN"
-        )
-    return z, x[is_finite]
-
-
-def _theta_and_x(simulations: Any) -> tuple[PyTree[Array], Any]:
-    if hasattr(simulations, "theta") and hasattr(simulations, "x"):
-        return simulations.theta, simulations.x
-    if isinstance(simulations, tuple) and len(simulations) == 2:
-        return simulations
-    raise TypeError(
-        "simulations must be the pair (theta, x), or have the attributes theta and x, got "
-        f"{type(simulations).__name__}"
-    )

@@ -1,149 +1,38 @@
 """One network for parameters and data together, from which any conditional is drawn.
 
-The joint vector is `v = (z, c)`, the parameters' vector and the standardised observation. A mask
-says which entries are observed; the network denoises the others given those, after Gloeckler et
-al., "All-in-one simulation-based inference" (ICML 2024), with a residual perceptron in place of a
-transformer and a Gaussian under it:
-
-    D(v, sigma, m) = m + C (C + S)^-1 (v - m) + diag(t) F,     S_i = 0 if observed, else sigma^2
-
-for the joint Gaussian `N(m, C)`, exact for a linear Gaussian model, with `t` the standard
-deviations that this Gaussian leaves.
+The joint vector is `v = (z, c)`, the parameters' vector and the standardised observation, and the
+network the `JointDenoiser` of `scoreprior.sbi.masked`.
 """
 
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
-from jax.scipy.linalg import cho_factor, cho_solve
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from scoreprior._typing import Context, Event, Key, Scalar, Sigma
-from scoreprior._util import check_count, check_positive
+from scoreprior._typing import Key
+from scoreprior._util import check_count, check_positive, size_of
 from scoreprior.denoise import AbstractDenoiser
 from scoreprior.gaussian import Dense, Moments
 from scoreprior.nn import ResidualMLP
 from scoreprior.prior import ScorePrior
 from scoreprior.sbi import saved
-from scoreprior.sbi.amortise import pairs, split
+from scoreprior.sbi.amortise import split
 from scoreprior.sbi.embed import Standardise
+from scoreprior.sbi.masked import DrawMask, JointDenoiser, JointLoss, Masked, Unobserved
+from scoreprior.sbi.pairs import Source, pairs
 from scoreprior.sbi.parameters import THETA, Parameters
-from scoreprior.sbi.posterior import conditioned, push
-from scoreprior.train import AbstractLevels, AbstractLoss, History, LogUniform, adamw, fit
+from scoreprior.sbi.posterior import check_range, conditioned, push
+from scoreprior.train import History, LogUniform, adamw, fit
 
 X = "x"
 """The name of the observation among the sites."""
-
-
-class Masked(NamedTuple):
-    """What is observed of a joint vector: `value` [size] where `observed` [size]."""
-
-    value: Float[Array, " size"]
-    observed: Bool[Array, " size"]
-
-
-class DrawMask(eqx.Module):
-    """Masks of training, each kind with probability 1/5 (Gloeckler et al. 2024, section 3.3).
-
-    Nothing observed; the data; the parameters; every entry with probability 0.3, or 0.7. Where all
-    would be observed, none is.
-    """
-
-    num_parameters: int = eqx.field(static=True)
-
-    def __call__(self, key: Key, value: Float[Array, " size"]) -> Masked:
-        kind, few, many = jax.random.split(key, 3)
-        is_data = jnp.arange(value.size) >= self.num_parameters
-        masks = jnp.stack(
-            [
-                jnp.zeros(value.size, bool),
-                is_data,
-                ~is_data,
-                jax.random.bernoulli(few, 0.3, (value.size,)),
-                jax.random.bernoulli(many, 0.7, (value.size,)),
-            ]
-        )
-        mask = masks[jax.random.randint(kind, (), 0, len(masks))]
-        return Masked(value, mask & ~mask.all())
-
-
-class JointDenoiser(AbstractDenoiser):
-    """The formula above: observed entries go in and come out as they are.
-
-    `moments` of the joint vector; `levels`, those of the noise in training.
-    """
-
-    net: ResidualMLP
-    mean: Float[Array, " size"]
-    covariance: Float[Array, "size size"]
-    levels: tuple[float, float] = eqx.field(static=True)
-
-    @property
-    def level_range(self) -> tuple[float, float]:
-        return self.levels
-
-    def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
-        if not isinstance(context, Masked):
-            raise ValueError(f"context must be a Masked, got {type(context).__name__}")
-        x = jnp.where(context.observed, context.value, x)
-        gaussian, spread = self.gaussian(x, sigma, context.observed)
-        variance = jnp.where(context.observed, 0, sigma**2) + jnp.diagonal(self.covariance)
-        whitened = (x - self.mean) / jnp.sqrt(variance)
-        level = jnp.log(jnp.asarray(sigma)) / 4
-        output = self.net(whitened, level, context.observed.astype(x.dtype))
-        return jnp.where(context.observed, context.value, gaussian + spread * output)
-
-    def gaussian(
-        self, x: Event, sigma: Sigma, observed: Bool[Array, " size"]
-    ) -> tuple[Event, Event]:
-        """Mean and standard deviations of the clean vector if it were Gaussian, [size] each."""
-        # Observed entries have the smallest noise that leaves the matrix well conditioned.
-        tiny = 1e-5 * jnp.mean(jnp.diagonal(self.covariance))
-        noise = jnp.where(observed, tiny, sigma**2)
-        factor = cho_factor(self.covariance + jnp.diag(noise), lower=True)
-        gain = cho_solve(factor, self.covariance).T
-        mean = self.mean + gain @ (x - self.mean)
-        # C - C (C + S)^-1 C = C (C + S)^-1 S, whose diagonal has no cancellation.
-        return mean, jnp.sqrt(jnp.diagonal(gain) * noise)
-
-
-class JointLoss(AbstractLoss):
-    """Denoising loss of the entries that are not observed, in units of the network's output."""
-
-    levels: AbstractLevels
-
-    def __call__(
-        self, denoiser: AbstractDenoiser, x: Event, u: Scalar, context: Context, *, key: Key
-    ) -> Scalar:
-        sigma = self.levels(u)
-        noisy = x + sigma * jax.random.normal(key, x.shape, x.dtype)
-        observed = context.observed  # type: ignore[union-attr]
-        _, spread = denoiser.gaussian(noisy, sigma, observed)  # type: ignore[attr-defined]
-        error = (denoiser(noisy, sigma, context) - x) / spread
-        return jnp.mean(jnp.where(observed, 0.0, error**2))
-
-
-class Unobserved(AbstractDenoiser):
-    """A joint denoiser with its observed entries fixed: that of the entries `index` [k]."""
-
-    denoiser: AbstractDenoiser
-    context: Masked
-    index: Int[Array, " k"]
-
-    @property
-    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        return self.denoiser.level_range
-
-    def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
-        if context is not None:
-            raise ValueError("context is already fixed in Unobserved; pass context=None")
-        value = self.context.value.at[self.index].set(x)
-        return self.denoiser(value, sigma, self.context)[self.index]
 
 
 class JointPosterior(eqx.Module):
@@ -152,6 +41,9 @@ class JointPosterior(eqx.Module):
     What is observed is a dict: `"x"`, the observation [*x] with NaN where an entry is missing, and
     the prior's sites by name (`"theta"` for a distribution), with NaN likewise. `{}` is the joint
     law, `{"x": x_o}` the posterior, `{"theta": theta}` the likelihood.
+
+    `standardise` and `range_z` are the ranges of observations and of `z` in training; the latter is
+    `None`, and observed parameters are not compared with it, in what was saved without it.
     """
 
     parameters: Parameters
@@ -161,6 +53,7 @@ class JointPosterior(eqx.Module):
     sigma_min: float = eqx.field(static=True)
     sigma_max: float = eqx.field(static=True)
     history: History | None = None
+    range_z: Standardise | None = None
 
     @property
     def size(self) -> int:
@@ -170,8 +63,9 @@ class JointPosterior(eqx.Module):
     def context(self, observed: Mapping[str, Any]) -> Masked:
         """The joint vector and its mask.
 
-        Raises `ValueError` for unknown names, for shapes, and for a site whose coordinates depend
-        on one that is not observed.
+        Raises `ValueError` for unknown names, for shapes, for values that are infinite or outside
+        the prior, and for a site whose coordinates depend on one that is not observed; warns where
+        observed entries lie outside the range of training, as `Posterior.context` does.
         """
         names = self.parameters.names
         if unknown := sorted(set(observed) - {*names, X}):
@@ -179,18 +73,48 @@ class JointPosterior(eqx.Module):
         x = jnp.asarray(observed.get(X, jnp.full_like(self.standardise.mean, jnp.nan)))
         if x.shape != self.standardise.mean.shape:
             raise ValueError(f"x must have shape {self.standardise.mean.shape}, got {x.shape}")
+        for name, value in observed.items():
+            if num := int(jnp.sum(jnp.isinf(jnp.asarray(value)))):
+                raise ValueError(
+                    f"{name} must be finite, or NaN where it is missing, got {num} of "
+                    f"{jnp.size(value)} values infinite"
+                )
         z, is_given = self._vector(observed)
+        self._check_ranges(x, z, is_given)
         c = self.standardise(x).ravel()
         vector, mask = jnp.concatenate([z, c]), jnp.concatenate([is_given, ~jnp.isnan(c)])
         if mask.all():
             raise ValueError("observed must leave an entry to be inferred, got all of them")
         return Masked(jnp.where(mask, vector, 0.0), mask)
 
+    def _check_ranges(self, x: Array, z: Array, is_given: Array) -> None:
+        """Warn where what is observed lies outside the range of training."""
+        if self.range_z is not None:
+            outside = self.range_z.outside(z)
+            for name, part in self._parts().items():
+                seen = is_given[part]
+                check_range(z[part][seen], outside[part][seen], name=name, stacklevel=5)
+        seen = ~jnp.isnan(x)
+        check_range(x[seen], self.standardise.outside(x)[seen], name=X, stacklevel=5)
+
+    def _parts(self) -> dict[str, slice]:
+        """Where the sites are in `z`."""
+        ends = np.cumsum([size_of(shape) for shape in self.parameters.shapes]).tolist()
+        starts = [0, *ends[:-1]]
+        return dict(zip(self.parameters.names, map(slice, starts, ends), strict=True))
+
     def _vector(self, observed: Mapping[str, Any]) -> tuple[Array, Array]:
         """`z`, and which of its entries the observed values fix."""
         # What is not observed is filled in twice: entries that agree do not depend on it.
         fillings = (self._fill(observed, level) for level in (0.0, 0.5))
         (first, num_given), (second, _) = fillings
+        bad = ~(jnp.isfinite(first) | jnp.isfinite(second))
+        for name, part in self._parts().items():
+            if name in observed and bad[part].any():
+                raise ValueError(
+                    f"{name} must lie inside the support of the prior, got {observed[name]}, with "
+                    f"{int(bad[part].sum())} of {bad[part].size} values at its edge or outside"
+                )
         fixed = first == second
         if num_given != int(jnp.sum(fixed)):
             raise ValueError(
@@ -214,7 +138,9 @@ class JointPosterior(eqx.Module):
 
     def condition(self, observed: Mapping[str, Any]) -> ScorePrior:
         """The law of the entries that are not observed, in the order of the joint vector [k]."""
-        context = self.context(observed)
+        return self._law(self.context(observed))
+
+    def _law(self, context: Masked) -> ScorePrior:
         index = jnp.flatnonzero(~context.observed)
         denoiser = Unobserved(self.denoiser, context, index)
         covariance = self.moments.covariance()[jnp.ix_(index, index)]
@@ -224,8 +150,8 @@ class JointPosterior(eqx.Module):
     def sample(self, key: Key, observed: Mapping[str, Any], num: int) -> dict[str, Array]:
         """`num` draws of everything given what is observed: sites and `"x"`, each [num, ...]."""
         check_count("num", num)
-        flow = self.condition(observed).flow
         context = self.context(observed)
+        flow = self._law(context).flow
         index = jnp.flatnonzero(~context.observed)
         noise = jax.random.normal(key, (num, *flow.event_shape), self.moments.mean.dtype)
         drawn = push(flow, noise)
@@ -251,6 +177,8 @@ class JointPosterior(eqx.Module):
             "moments": self.moments,
             "settings": (self.sigma_min, self.sigma_max),
         }
+        if self.range_z is not None:
+            parts["range of z"] = saved.ranges(self.range_z)
         saved.write(path, saved.JOINT, parts, self.parameters, self.history)
 
     @classmethod
@@ -265,7 +193,9 @@ class JointPosterior(eqx.Module):
             denoiser = JointDenoiser(parts["net"], *parts["joint"])
             standardise = Standardise(*parts["standardise"])
             low, high = parts["settings"]
-            return cls(parameters, denoiser, standardise, parts["moments"], low, high, history)
+            range_z = Standardise(*parts["range of z"]) if "range of z" in parts else None
+            moments = parts["moments"]
+            return cls(parameters, denoiser, standardise, moments, low, high, history, range_z)
 
         return saved.read(path, saved.JOINT, prior, build)
 
@@ -287,6 +217,9 @@ class JointNPSE(eqx.Module):
         prior: dist.Distribution | Callable[[], Any] | Parameters,
         simulations: Any,
         *,
+        num_simulations: int | None = None,
+        key: Key | None = None,
+        store: str | os.PathLike[str] | None = None,
         width: int = 128,
         num_blocks: int = 3,
         dropout: float = 0.1,
@@ -298,7 +231,7 @@ class JointNPSE(eqx.Module):
         self.parameters = prior if isinstance(prior, Parameters) else Parameters.of(prior)
         if X in self.parameters.names:
             raise ValueError(f"prior must have no site {X!r}, the name of the observation")
-        self.z, self.x = pairs(self.parameters, simulations)
+        self.z, self.x = pairs(self.parameters, simulations, Source(num_simulations, key, store))
         self.width, self.num_blocks, self.dropout = width, num_blocks, dropout
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
@@ -360,4 +293,5 @@ class JointNPSE(eqx.Module):
             sigma_min=levels[0],
             sigma_max=levels[1],
             history=trained.history,
+            range_z=Standardise.fit(self.z[within]),
         )

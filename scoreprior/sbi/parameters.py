@@ -110,6 +110,11 @@ class Parameters(eqx.Module):
         return cls(model, tuple(sites), tuple(shapes[name] for name in sites), is_model, law)
 
     @property
+    def prior(self) -> dist.Distribution | Callable[[], Any]:
+        """The distribution or the model that they are parameters of."""
+        return self.model.prior if isinstance(self.model, _Single) else self.model
+
+    @property
     def size(self) -> int:
         """Number of entries of `z`."""
         return sum(map(size_of, self.shapes))

@@ -66,7 +66,7 @@ class Posterior(eqx.Module):
         if self.max_items is None:
             if x.shape != shape:
                 raise ValueError(f"x_o must have shape {shape}, got {x.shape}")
-            _check_range(x, self.standardise.outside(x))
+            check_range(x, self.standardise.outside(x))
             return Observed(x, None, known)
         if x.shape[1:] != shape or x.ndim != len(shape) + 1:
             raise ValueError(f"x_o must be a set of shape [n, *{shape}], got {x.shape}")
@@ -76,7 +76,7 @@ class Posterior(eqx.Module):
                 f"x_o must hold from 1 to {self.max_items} items, as in training, got {num}"
             )
         outside = jax.vmap(self.standardise.outside)(x)
-        _check_range(x, outside.any(0))
+        check_range(x, outside.any(0))
         padded = jnp.concatenate([x, jnp.zeros((self.max_items - num, *shape), x.dtype)])
         return Observed(padded, jnp.arange(self.max_items) < num, known)
 
@@ -102,7 +102,7 @@ class Posterior(eqx.Module):
         check_count("num_pilot", num_pilot, least=2)
         contexts = jax.vmap(self.context)(x)
         items = x.reshape(-1, *self.standardise.mean.shape)
-        _check_range(x, jax.vmap(self.standardise.outside)(items), stacklevel=3)
+        check_range(x, jax.vmap(self.standardise.outside)(items), stacklevel=3)
         solver = (
             default_solver(self.moments, self.sigma_min) if self.solver is None else self.solver
         )
@@ -297,17 +297,17 @@ def _unstacked(tree: Any) -> list[Any]:
     return [jax.tree.unflatten(structure, list(map(jnp.asarray, row))) for row in rows]
 
 
-def _check_range(x: Array, outside: Any, *, stacklevel: int = 4) -> None:
+def check_range(x: Array, outside: Any, *, name: str = "x_o", stacklevel: int = 4) -> None:
     """Raise where `x` is not finite; warn where features lie outside the range of training."""
     if is_traced(x) or is_traced(outside):
         return
     bad = int(jnp.sum(~jnp.isfinite(x)))
     if bad:
-        raise ValueError(f"x_o must be finite, got {bad} of {x.size} values NaN or infinite")
+        raise ValueError(f"{name} must be finite, got {bad} of {x.size} values NaN or infinite")
     num = int(jnp.sum(outside))
     if num:
         warnings.warn(
-            f"x_o lies outside the range of the training simulations in {num} of {outside.size} "
+            f"{name} lies outside the range of the training simulations in {num} of {outside.size} "
             "features: the network extrapolates, and its posterior may be wrong without a sign",
             stacklevel=stacklevel,
         )

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 from tqdm import tqdm
 
 from scoreprior._typing import Key
@@ -25,7 +25,7 @@ from scoreprior.sbi.draws import Theta, draw_many, sampler
 from scoreprior.sbi.simulators import AbstractSimulator, JaxSimulator
 from scoreprior.sbi.store import Store, Table
 from scoreprior.sbi.worker import Status
-from scoreprior.train.identity import program
+from scoreprior.train.identity import digest, program
 
 NUM_TRIALS = 10
 REASONS = {
@@ -134,23 +134,15 @@ def simulate(
     failures exceeds `max_failures * num`; `ImportError` where the extra `sbi` is missing.
     """
     check_count("num", num)
-    if not 0 <= max_failures < 1:
-        raise ValueError(f"max_failures must be a share in [0, 1), got {max_failures}")
-    if not isinstance(simulator, AbstractSimulator):
-        if not callable(simulator):
-            raise TypeError(
-                "simulator must be a function of JAX, simulator(key, theta), a BlackBox or a "
-                f"Command, got {simulator!r}"
-            )
-        simulator = JaxSimulator(simulator)
+    check_share("max_failures", max_failures)
+    simulator = as_simulator("simulator", simulator)
     if store is not None:
         files.zarr()
     draw = sampler(prior)
     theta_key, x_key = jax.random.split(key)
     theta = draw_many(draw, theta_key, num)
     identity = {
-        "key": [str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key)).tolist()],
-        "theta": files.describe_theta(theta),
+        **_identity(theta, key),
         "program of prior": program(draw, theta_key),
         "type of x": str(jnp.result_type(float)),
         **simulator.identity(theta, x_key),
@@ -163,12 +155,73 @@ def simulate(
     except KeyboardInterrupt:
         if not table.num_done:
             raise KeyboardInterrupt("interrupted before the first simulation") from None
+    return _finished(table)
+
+
+def simulate_given(
+    theta: Theta,
+    simulator: AbstractSimulator,
+    *,
+    key: Key,
+    store: str | os.PathLike[str] | None = None,
+    max_failures: float = 0.1,
+    progress: bool = True,
+    check: Callable[[tuple[int, ...]], None] = lambda shape: None,
+) -> Simulations:
+    """`simulate` at parameters `theta`, leaves [num, ...], in place of draws of a prior.
+
+    `check` is called with the shape of `x` as soon as one has arrived, and may raise. Ctrl-C raises
+    `KeyboardInterrupt`.
+    """
+    if store is not None:
+        files.zarr()
+    theta = jax.tree.map(np.array, theta)
+    identity = {
+        **_identity(theta, key),
+        "values of theta": digest(theta),
+        "type of x": str(jnp.result_type(float)),
+        **simulator.identity(theta, key),
+    }
+    table = Table(theta, len(jax.tree.leaves(theta)[0]))
+    kept = None if store is None else Store(Path(store), identity, table)
+    _check_failures(table, max_failures)
+    _fill(table, simulator, key, kept, max_failures, progress, check)
+    return _finished(table)
+
+
+def as_simulator(name: str, simulator: Any) -> AbstractSimulator:
+    """A function of JAX as a simulator; raises `TypeError` for what is none."""
+    if isinstance(simulator, AbstractSimulator):
+        return simulator
+    if not callable(simulator):
+        raise TypeError(
+            f"{name} must be a function of JAX, {name}(key, theta), a BlackBox or a Command, got "
+            f"{simulator!r}"
+        )
+    return JaxSimulator(simulator)
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise `ValueError` unless `value` is a share of failures that is allowed."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be a share in [0, 1), got {value}")
+
+
+def _identity(theta: PyTree[np.ndarray], key: Key) -> dict[str, Any]:
+    return {
+        "key": [str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key)).tolist()],
+        "theta": files.describe_theta(theta),
+    }
+
+
+def _finished(table: Table) -> Simulations:
+    """What has an `x`, with a warning for draws that are left out."""
     simulations = _simulations(table)
     if table.num_left_out:
         warnings.warn(
-            f"{table.num_left_out} of {num} draws are left out ({_counts(simulations.left_out)}); "
-            "theta and x follow their law given success",
-            stacklevel=2,
+            f"{table.num_left_out} of {len(table.status)} draws are left out "
+            f"({_counts(simulations.left_out)}); theta and x follow their law given success",
+            stacklevel=3,
         )
     return simulations
 
@@ -180,12 +233,15 @@ def _fill(
     kept: Store | None,
     max_failures: float,
     progress: bool,
+    check: Callable[[tuple[int, ...]], None] = lambda shape: None,
 ) -> None:
     """Simulate what is pending; whatever ends this, what has arrived is in the table and stored."""
+    shape = None if table.x is None else table.x.shape[1:]
+    if shape is not None:
+        check(shape)
     pending = table.pending
     if not len(pending):
         return
-    shape = None if table.x is None else table.x.shape[1:]
     total = len(table.status)
     bar = tqdm(total=total, initial=total - len(pending), disable=not progress, unit="draw")
     try:
@@ -194,6 +250,9 @@ def _fill(
                 table.add(arrived)
                 if kept is not None:
                     kept.add(arrived)
+                if shape is None and table.x is not None:
+                    shape = table.x.shape[1:]
+                    check(shape)
                 _check_failures(table, max_failures)
                 if table.num_left_out:
                     bar.set_postfix(left_out=table.num_left_out, refresh=False)
@@ -254,4 +313,11 @@ def _simulations(table: Table) -> Simulations:
     )
 
 
-__all__ = ["Simulations", "TooManyFailures", "simulate"]
+__all__ = [
+    "Simulations",
+    "TooManyFailures",
+    "as_simulator",
+    "check_share",
+    "simulate",
+    "simulate_given",
+]

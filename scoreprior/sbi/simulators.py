@@ -55,6 +55,10 @@ class AbstractSimulator(abc.ABC):
         `theta` are leaves [num, ...] and `shape` is that of `x`, where an earlier run knows it.
         """
 
+    def shape(self, theta: PyTree[np.ndarray], key: Key) -> tuple[int, ...] | None:
+        """That of `x`, where it is known without a draw; `theta` are leaves [num, ...]."""
+        return None
+
 
 @dataclass(frozen=True)
 class JaxSimulator(AbstractSimulator):
@@ -87,6 +91,9 @@ class JaxSimulator(AbstractSimulator):
             "arrays of simulator": digest(self.function),
         }
 
+    def shape(self, theta: PyTree[np.ndarray], key: Key) -> tuple[int, ...]:
+        return self._check(jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), theta), key)
+
     def run(
         self,
         theta: PyTree[np.ndarray],
@@ -106,7 +113,8 @@ class JaxSimulator(AbstractSimulator):
             x = np.asarray(_simulate(self.function, mesh, key, *here))[: len(index)]
             yield Arrived(index, np.full(len(index), Status.DONE, np.uint8), x, {})
 
-    def _check(self, theta: PyTree[Array], key: Key) -> None:
+    def _check(self, theta: PyTree[Array], key: Key) -> tuple[int, ...]:
+        """The shape of one `x`, found without a draw."""
         where = f"theta of shape {jax.tree.map(jnp.shape, theta)}"
         try:
             made = eqx.filter_eval_shape(self.function, key, theta)
@@ -120,6 +128,7 @@ class JaxSimulator(AbstractSimulator):
                 f"simulator must return one array of numbers, got {made} for {where}; a function "
                 "that is not JAX is a BlackBox"
             )
+        return made.shape
 
 
 def _is_real(dtype: Any) -> bool:
