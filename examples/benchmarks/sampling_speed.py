@@ -40,7 +40,7 @@ from scoreprior import check
 
 PROGRAM = Path(__file__).with_name("sampling_speed_packages.py")
 LADDERS = {  # numbers of steps, the default first
-    "scoreprior": (30, 25, 20, 16, 13, 10, 8, 6, 5, 4, 3),
+    "scoreprior": (20, 16, 13, 10, 8, 6, 5, 4, 3),
     "sbi": (500, 350, 250, 180, 125, 90, 65, 45, 32, 27, 22, 16),
     "gensbi": (18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8),
 }

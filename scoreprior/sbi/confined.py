@@ -1,6 +1,7 @@
 """Posteriors that go over to the prior where training has shown nothing."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -25,7 +26,7 @@ class Confined(AbstractDenoiser):
     which the prior has less than one draw in ten thousand, and `law` from `sqrt(size) + 4` on.
     """
 
-    denoiser: AbstractDenoiser
+    denoiser: Any
     law: AbstractDenoiser
     center: Float[Array, " size"]
 
@@ -42,7 +43,7 @@ class Confined(AbstractDenoiser):
         return alone + share**2 * (3 - 2 * share) * (self.denoiser(x, sigma, context) - alone)
 
 
-def confine(posteriors: list[ScorePrior], prior: object) -> list[ScorePrior]:
+def confine(posteriors: list[ScorePrior], prior: Any) -> list[ScorePrior]:
     """The same, learned ones `Confined` to a `prior` that is known and not normal."""
     if not isinstance(prior, AbstractExact) or isinstance(_inner(prior), Gaussian):
         return posteriors
@@ -61,7 +62,7 @@ def confine(posteriors: list[ScorePrior], prior: object) -> list[ScorePrior]:
     return [one(posterior) for posterior in posteriors]
 
 
-def _inner(denoiser: object) -> object:
+def _inner(denoiser: Any) -> Any:
     return getattr(denoiser, "denoiser", denoiser)
 
 

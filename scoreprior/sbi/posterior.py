@@ -31,6 +31,9 @@ NUM_PILOT = 512
 NUM_TOGETHER = 64
 """Posteriors whose pilot draws are made side by side."""
 
+NUM_STEPS = 20
+"""Of the flow: draws of `two_moons` are off by 0.0015 standard deviations, densities by 0.006."""
+
 LOWEST = 5.0
 """Where the grid of noise levels becomes linear, in units of the smallest one."""
 
@@ -227,7 +230,7 @@ def default_solver(moments: Moments, sigma_min: float) -> Multistep:
     """
     low = LOWEST * sigma_min
     high = float(np.sqrt(np.max(np.asarray(moments.eigenvalues))))
-    return Multistep(30, LogRatioTime(low, max(high, 2 * low)))
+    return Multistep(NUM_STEPS, LogRatioTime(low, max(high, 2 * low)))
 
 
 @eqx.filter_jit
