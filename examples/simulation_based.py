@@ -14,7 +14,7 @@ write its likelihood down.
    rate of infection, judged by that of simulated outbreaks that do, and with a measurement of
    another kind in a NumPyro model.
 
-Five and a half minutes of processor time on one core of a busy machine; less on two idle ones.
+Under six minutes of processor time, measured on one core of a busy machine.
 """
 
 import argparse
