@@ -329,25 +329,25 @@ def test_posteriors_wider_than_the_prior_are_repaired_and_said_so():
 
 
 def test_covariances_wider_than_the_prior_are_cut_in_gauss_with_a_warning():
-    wide = Moments.dense(jnp.zeros(2), jnp.diag(jnp.asarray([1.5, 0.3])))
-    narrow = Moments.dense(jnp.zeros(2), jnp.diag(jnp.asarray([0.5, 0.3])))
-    laws = [
-        ScorePrior(Flow(Gaussian(m), m, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX))
-        for m in (wide, *[narrow] * 3)
-    ]
-    product = sbi.compose(laws, PRIOR, bridge=False)
-    with pytest.warns(UserWarning, match="1 of 4 posteriors are wider than the prior"):
-        score = sbi.GAUSS(product)
-    assert score.num_repaired == 1
-    # The precisions times sigma^2 of the first entry, at sigma = 2: of the prior where it is wider.
-    weights = 1 + 4 / np.asarray([1.0, 0.5, 0.5, 0.5, 1.0])
-    weights[-1] *= -3
-    slopes = -1 / (np.asarray([1.5, 0.5, 0.5, 0.5, 1.0]) + 4)
-    found = score.composite(jnp.asarray([1.0, 0.0]), jnp.asarray(2.0))
-    np.testing.assert_allclose(found[0], weights @ slopes / weights.sum(), rtol=1e-3)
+    variances = [0.5, *[1.5] * 4]
+    laws = []
+    for variance in variances:
+        moments = Moments.dense(jnp.zeros(2), jnp.diag(jnp.asarray([variance, 0.3])))
+        flow = Flow(Gaussian(moments), moments, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
+        laws.append(ScorePrior(flow))
+    # What the prior leaves of the precisions of the first entry: 2 / 3 of one, and 4 / 1.5 - 3 < 0.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert sbi.GAUSS(sbi.compose(laws[1:], PRIOR, bridge=False)).num_repaired == 0
+        assert sbi.GAUSS(sbi.compose(laws, PRIOR, bridge=False)).num_repaired == 0
+    product = sbi.compose(laws[1:], PRIOR, bridge=False)
+    with pytest.warns(UserWarning, match="4 of 4 posteriors are wider than the prior"):
+        score = sbi.GAUSS(product)
+    assert score.num_repaired == 4
+    # Precisions times sigma^2 at sigma = 2, of the prior instead of the posteriors.
+    weights = (1 + 4) * np.asarray([1, 1, 1, 1, -3])
+    slopes = -1 / (np.asarray([*variances[1:], 1.0]) + 4)
+    found = score.composite(jnp.asarray([1.0, 0.0]), jnp.asarray(2.0))
+    np.testing.assert_allclose(found[0], weights @ slopes / weights.sum(), rtol=0.02)
 
 
 def test_posteriors_that_have_no_product_are_told():

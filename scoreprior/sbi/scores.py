@@ -83,9 +83,9 @@ class GAUSS(AbstractComposite):
     over posteriors (`w = 1`) and prior (`w = 1 - n`), `C_j` the covariances of the moments of the
     flows. Exact where all factors are Gaussian.
 
-    `Lambda` has to be positive definite, and need not be where a posterior is wider than the prior
-    in some direction, as an estimate may make it. Such covariances are cut to the prior's there;
-    their number is `num_repaired`, and a warning.
+    `Lambda` has to be positive definite, and need not be where posteriors are wider than the prior
+    in some direction, as estimates may make them. Then such covariances are cut to the prior's
+    there; their number is `num_repaired`, and a warning.
     """
 
     num_repaired: int = eqx.field(static=True)
@@ -98,10 +98,11 @@ class GAUSS(AbstractComposite):
         n = product.num_observations
         laws, lowest = product.priors, int(np.argmin(np.asarray(product.exponents)))
         inverses = [np.linalg.inv(np.asarray(law.flow.moments.covariance(), float)) for law in laws]
+        total = np.tensordot(np.asarray(product.exponents, float), np.stack(inverses), 1)
+        if np.linalg.eigvalsh(total)[0] > 0:  # then Lambda is positive definite at every sigma
+            return
         repaired = [narrowed(inverse, inverses[lowest]) for inverse in inverses[:n]]
         self.num_repaired = sum(changed for _, changed in repaired)
-        if self.num_repaired == 0:
-            return
         warnings.warn(
             f"{self.num_repaired} of {n} posteriors are wider than the prior in some direction: "
             "GAUSS takes the prior's covariance there",
