@@ -200,8 +200,9 @@ def evidence_ratio(observed: ArrayLike, null: ArrayLike) -> DataTree:
     The log evidence ratio `log p(x_1, ..., x_n) - sum_i log p(x_i)`, nats, as composition gives
     it, is low where posteriors given single observations exclude one another. `observed` is that
     of the data, `null` [num] are those of data sets simulated with `n` observations of one shared
-    parameter each, drawn from the prior: at least ten, of the same composition and settings, whose
-    errors then are in both. `p_value` is the share of `null` as low, one-sided; `p_high` that as
+    parameter each, drawn from the prior, or from the posterior where settings that are right for
+    the data are not for all of it: at least ten, of the same composition and settings, whose errors
+    then are in both. `p_value` is the share of `null` as low, one-sided; `p_high` that as
     high, small for observations far out in the prior together, or too much alike.
 
     **Returns** a tree with the group `statistics`, as `posterior_predictive` has it.
