@@ -449,6 +449,8 @@ def test_errors_say_what_is_wrong():
         sbi.compose([one, one], PRIOR, batch_size=2, bridge=False)
     with pytest.raises(ValueError, match="control must be None or NoControl"):
         sbi.compose([one, one], PRIOR, batch_size=2).composed(50, control=fk.VarianceControl())
+    with pytest.raises(ValueError, match="rejuvenation must be None with mini-batches"):
+        sbi.compose([one, one], PRIOR, batch_size=2).composed(50, rejuvenation=fk.ScoreLine(1.0))
     with pytest.raises(ValueError, match="must share an event shape"):
         sbi.compose([one, one], Gaussian(Moments.dense(jnp.zeros(3), jnp.eye(3))))
     product = sbi.compose([one, one], PRIOR)

@@ -275,6 +275,12 @@ def test_a_black_box_gives_what_a_loop_would(client, batch_size):
     assert np.array_equal(made.theta, quiet(PRIOR, gaussian, 60).theta)
 
 
+def test_a_scheduler_is_found_at_its_address(client):
+    box = BlackBox(black_boxes.gaussian, scheduler=client.scheduler.address)
+    made = quiet(PRIOR, box, 20)
+    assert np.array_equal(made.x, one_by_one(black_boxes.gaussian, made))
+
+
 def test_a_black_box_sees_the_sites_of_a_model(client):
     box = BlackBox(lambda seed, t: t["a"] + t["b"].sum(), scheduler=client)
     made = quiet(model, box, 20)

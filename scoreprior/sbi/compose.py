@@ -115,7 +115,7 @@ class Product(Composition):
         if stack is None or log_scale is None:
             return super().composed(num_steps, weight=weight, control=control, **settings)
         if self.batch_size is not None:
-            _check_for_batches(weight, control)
+            _check_for_batches(weight, control, settings.get("rejuvenation"))
             control = NoControl()
         chain = super().composed(num_steps, weight=weight, control=control, **settings)
         chain = chain.with_factors((stack,), log_scale)
@@ -230,7 +230,14 @@ def _check_batches(batch_size: int, posteriors: list[ScorePrior], bridge: bool) 
         raise ValueError(f"posteriors must be of one network with a batch_size, got {kinds} kinds")
 
 
-def _check_for_batches(weight: AbstractWeight | None, control: AbstractControl | None) -> None:
+def _check_for_batches(
+    weight: AbstractWeight | None, control: AbstractControl | None, rejuvenation: Any
+) -> None:
+    if rejuvenation is not None:
+        raise ValueError(
+            "rejuvenation must be None with mini-batches, whose law is not that of all "
+            f"observations, got {rejuvenation!r}"
+        )
     if control is not None and control.num_bases > 0:
         raise ValueError(
             "control must be None or NoControl() with mini-batches, whose noise it would fit, got "

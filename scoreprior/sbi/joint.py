@@ -93,9 +93,9 @@ class JointPosterior(eqx.Module):
             outside = self.range_z.outside(z)
             for name, part in self._parts().items():
                 seen = is_given[part]
-                check_range(z[part][seen], outside[part][seen], name=name, stacklevel=5)
+                check_range(z[part][seen], outside[part][seen], name=name)
         seen = ~jnp.isnan(x)
-        check_range(x[seen], self.standardise.outside(x)[seen], name=X, stacklevel=5)
+        check_range(x[seen], self.standardise.outside(x)[seen], name=X)
 
     def _parts(self) -> dict[str, slice]:
         """Where the sites are in `z`."""
