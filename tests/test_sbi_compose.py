@@ -3,6 +3,7 @@
 import itertools
 import warnings
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 from scoreprior import feynman_kac as fk
 from scoreprior import sbi
 from scoreprior._stack import Stack
-from scoreprior.denoise import Conditioned, Gaussian, GaussianMixture
+from scoreprior.denoise import AbstractDenoiser, Conditioned, Gaussian, GaussianMixture
+from scoreprior.feynman_kac.composed import sum_over
 from scoreprior.flow import Flow
 from scoreprior.gaussian import Moments
 from scoreprior.infer import infer
@@ -252,9 +254,10 @@ def test_tails_wider_than_their_gaussian_widen_the_bridge():
     assert 0 < product.share < 1
     assert f"bridge of share {product.share:g}" in repr(product)
     found = bridge.make_bridge(product.priors, product.exponents.tolist(), 1.0)
-    assert bridge.pull(product.factors(), found.stack) < 0
+    rises = bridge.tails(product.factors(), found.stack)
+    assert (rises.path[rises.bridge < -bridge.LEAST_SLOPE] < 0).any()
     kept = bridge.make_bridge(product.priors, product.exponents.tolist(), product.share)
-    assert bridge.pull(product.factors(), kept.stack) >= bridge.LEAST_PULL
+    assert bridge.tails(product.factors(), kept.stack).path.min() >= bridge.LEAST_SLOPE
     # What the bridge leaves of an observation pulls too.
     plain = sbi.compose([score_prior(wide)] * 20, PRIOR, bridge=False)
     with pytest.raises(ValueError, match="num_steps must be at least") as narrow:
@@ -265,17 +268,60 @@ def test_tails_wider_than_their_gaussian_widen_the_bridge():
     assert 20 < least[0] < least[1] / 3
 
 
-def test_the_pull_is_seen_between_the_axes_too():
+def test_tails_are_seen_between_the_axes_too():
     """Correlated posteriors taken for round: too narrow a Gaussian along one diagonal."""
     law = Gaussian(Moments.dense(jnp.zeros(2), jnp.asarray([[0.5, 0.06], [0.06, 0.5]])))
     flow = Flow(law, Moments(jnp.zeros(2), jnp.full(2, 0.5)), sigma_min=SIGMA_MIN, sigma_max=30.0)
     product = sbi.compose([ScorePrior(flow)] * 100, PRIOR)
     found = bridge.make_bridge(product.priors, product.exponents.tolist(), 1.0)
-    assert bridge.pull(product.factors(), found.stack) < 0
+    assert bridge.tails(product.factors(), found.stack).path.min() < 0
     assert product.share < 1
 
 
-def test_the_pull_of_many_is_that_of_some():
+class Off(AbstractDenoiser):
+    """Off by up to two thirds of the noise, outwards; or by more and more."""
+
+    exact: AbstractDenoiser
+    bounded: bool = eqx.field(static=True)
+
+    def __call__(self, x, sigma, context=None):
+        length = jnp.sqrt(1 + jnp.sum(x**2)) if self.bounded else 1.0
+        return self.exact(x, sigma) + sigma * x / length / 1.5
+
+
+def test_errors_that_outweigh_the_posterior_leave_it_its_bridge():
+    """They are bounded; tails of errors that grow rise on any path, and that is told."""
+    law = PRIOR.posterior(jnp.eye(2), jnp.zeros(2), jnp.eye(2))
+
+    def compose(bounded):
+        flow = Flow(Off(law, bounded), law.law, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
+        return sbi.compose([ScorePrior(flow)] * 50, PRIOR)
+
+    product = compose(True)
+    assert product.share == 1.0
+    # Three standard deviations out, at the level of one, scores point outwards.
+    z, r = jnp.asarray([3.0, 0.0]) * 51**-0.5, jnp.asarray(51**-0.5)
+    stacks = product.composed(60).stacks
+    assert sum_over(stacks, lambda f: f.exponent * f.score(z, r))[0] > 0
+    with pytest.warns(UserWarning, match="50 posteriors may have no normaliser"):
+        compose(False)
+
+
+def test_rounding_does_not_take_a_gaussian_product_its_bridge():
+    """The Gaussian toy of Linhart et al. (2024), widths from 0.003 to 0.8, in single precision."""
+    rng = np.random.default_rng(0)
+    scales = rng.uniform(0.1, 25.1, 32)
+    noise = (0.2 * np.eye(32) + 0.8) / np.outer(scales, scales)
+    x = rng.normal(size=32) + rng.multivariate_normal(np.zeros(32), noise, 90)
+    with jax.enable_x64(False):
+        prior = Gaussian(Moments.dense(jnp.zeros(32), jnp.eye(32)))
+        laws = [prior.posterior(jnp.eye(32), one, jnp.asarray(noise)) for one in jnp.asarray(x)]
+        product = sbi.compose([score_prior(law) for law in laws], prior)
+        assert product.share == 1.0
+        assert product.log_scale.dtype == jnp.float32
+
+
+def test_the_tails_of_many_are_those_of_some():
     """Twenty equal posteriors, seen by five."""
     wide = GaussianMixture.diagonal(
         jnp.asarray([0.5, 0.5]), jnp.zeros((2, 2)), jnp.asarray([[0.9, 0.9], [0.01, 0.01]])
@@ -358,7 +404,9 @@ def test_posteriors_that_have_no_product_are_told():
     # 40 / 1.05 - 39, what is left of their precisions, is -0.9; less so at higher levels.
     found = float(str(caught[0].message).split("by ")[1].split()[0])
     assert 0.3 < found < 0.91
-    assert (product.share, product.num_repaired) == (0.0, 40)
+    assert product.num_repaired == 40
+    with pytest.warns(UserWarning, match="40 posteriors may have no normaliser"):
+        sbi.compose([wide] * 40, PRIOR, batch_size=10)
 
 
 @pytest.mark.slow

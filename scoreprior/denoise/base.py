@@ -77,15 +77,21 @@ def no_energy(denoiser: Any) -> str:
     )
 
 
-class Conditioned(AbstractDenoiser):
-    """A conditional denoiser with its context fixed: an unconditional denoiser."""
+class AbstractWrapper(AbstractDenoiser):
+    """Made of another `denoiser`, and defined at the noise levels at which that is."""
 
-    denoiser: AbstractDenoiser
-    context: Context
+    denoiser: eqx.AbstractVar[AbstractDenoiser]
 
     @property
     def level_range(self) -> tuple[float | Scalar, float | Scalar]:
         return self.denoiser.level_range
+
+
+class Conditioned(AbstractWrapper):
+    """A conditional denoiser with its context fixed: an unconditional denoiser."""
+
+    denoiser: AbstractDenoiser
+    context: Context
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         if context is not None:

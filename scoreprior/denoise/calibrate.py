@@ -17,10 +17,10 @@ from jaxtyping import Array, Float
 
 from scoreprior._typing import Context, Event, Key, Scalar, Sigma
 from scoreprior._util import check_count, check_data
-from scoreprior.denoise.base import AbstractDenoiser
+from scoreprior.denoise.base import AbstractDenoiser, AbstractWrapper
 
 
-class Calibrated(AbstractDenoiser):
+class Calibrated(AbstractWrapper):
     """`D(x, sigma) - b(sigma)`, with `b` interpolated linearly in `log sigma`.
 
     What is interpolated, and kept constant beyond the first and last level, is
@@ -43,10 +43,6 @@ class Calibrated(AbstractDenoiser):
                 f"bias must have one row per level, {self.sigmas.shape[0]}, "
                 f"got shape {self.bias.shape}"
             )
-
-    @property
-    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        return self.denoiser.level_range
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         return self.denoiser(x, sigma, context) - self.bias_at(sigma)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from scoreprior._typing import Context, Event, Key, Scalar, Sigma
 from scoreprior._util import check_finite, check_positive, is_traced
-from scoreprior.denoise.base import AbstractDenoiser
+from scoreprior.denoise.base import AbstractDenoiser, AbstractWrapper
 from scoreprior.gaussian import Moments, StandardBasis
 
 
@@ -281,7 +281,7 @@ class Empirical(AbstractExact):
         return Moments.dense(mean, covariance + self.bandwidth**2 * jnp.eye(mean.size))
 
 
-class Smoothed(AbstractDenoiser):
+class Smoothed(AbstractWrapper):
     """A denoiser averaged over perturbed inputs, `1/M sum_m D(x + h xi_m, sigma)`.
 
     Around `Empirical(data, 0.0)` this is the smoothed closed-form diffusion model (Scarvelis, de
@@ -316,10 +316,6 @@ class Smoothed(AbstractDenoiser):
             )
         half = jax.random.normal(key, (num_perturbations // 2, *event_shape))
         return cls(denoiser, scale, jnp.concatenate([half, -half]))
-
-    @property
-    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        return self.denoiser.level_range
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         inputs = x[None] + self.scale * self.perturbations

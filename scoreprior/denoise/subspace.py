@@ -7,11 +7,11 @@ from jaxtyping import Array, Float
 
 from scoreprior._typing import Context, Event, Scalar, Sigma
 from scoreprior._util import check_count
-from scoreprior.denoise.base import AbstractDenoiser
+from scoreprior.denoise.base import AbstractDenoiser, AbstractWrapper
 from scoreprior.gaussian import Moments
 
 
-class Subspace(AbstractDenoiser):
+class Subspace(AbstractWrapper):
     """The denoiser of data whose leading coefficients have a law of their own.
 
     With moments `N(m, R diag(lam) R')` and coefficients `c = R' (x - m)`, those at the positions
@@ -42,10 +42,6 @@ class Subspace(AbstractDenoiser):
                 f"index must be increasing integers from 0 to {size - 1}, at least one, got "
                 f"{self.index}"
             )
-
-    @property
-    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        return self.denoiser.level_range
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         coefficients = self.moments.basis.analyse(x - self.moments.mean).ravel()

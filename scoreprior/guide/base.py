@@ -25,7 +25,7 @@ from jax.tree_util import all_leaves
 from jaxtyping import Array, Float
 
 from scoreprior._typing import Context, Event, Scalar, Sigma
-from scoreprior.denoise.base import AbstractDenoiser
+from scoreprior.denoise.base import AbstractDenoiser, AbstractWrapper
 from scoreprior.gaussian import Moments
 from scoreprior.observation import AbstractObservation
 
@@ -54,16 +54,12 @@ class AbstractGuidance(eqx.Module):
         return GuidedDenoiser(denoiser, self, observation)
 
 
-class GuidedDenoiser(AbstractDenoiser):
+class GuidedDenoiser(AbstractWrapper):
     """The denoiser of a posterior, as `guidance` has it: usable wherever a denoiser is."""
 
     denoiser: AbstractDenoiser
     guidance: AbstractGuidance
     observation: AbstractObservation
-
-    @property
-    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        return self.denoiser.level_range
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         def denoise(x: Event) -> Event:

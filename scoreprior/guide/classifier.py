@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from scoreprior._typing import Context, Event, Scalar, Sigma
 from scoreprior._util import check_positive
-from scoreprior.denoise.base import AbstractDenoiser
+from scoreprior.denoise.base import AbstractDenoiser, AbstractWrapper
 from scoreprior.guide.base import as_tree
 
 
-class ClassifierGuidance(AbstractDenoiser):
+class ClassifierGuidance(AbstractWrapper):
     """The denoiser of what a classifier recognises (Dhariwal & Nichol 2021).
 
         D_c = D + scale sigma^2 grad_{x_t} log p(c | x_t)
@@ -33,16 +33,12 @@ class ClassifierGuidance(AbstractDenoiser):
     def __check_init__(self):
         check_positive("scale", self.scale)
 
-    @property
-    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        return self.denoiser.level_range
-
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         slope = jax.grad(lambda x: self.log_prob(x, sigma))(x)
         return self.denoiser(x, sigma, context) + self.scale * sigma**2 * slope
 
 
-class ClassifierFree(AbstractDenoiser):
+class ClassifierFree(AbstractWrapper):
     """A conditional denoiser, moved away from the unconditional one (Ho & Salimans 2022).
 
         D_w = D(x) + weight (D(x, context) - D(x))
@@ -62,10 +58,6 @@ class ClassifierFree(AbstractDenoiser):
 
     def __check_init__(self):
         check_positive("weight", self.weight)
-
-    @property
-    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        return self.denoiser.level_range
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         plain = self.denoiser(x, sigma, self.unconditional)

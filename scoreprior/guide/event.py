@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from scoreprior._typing import Context, Event, Scalar, Sigma
 from scoreprior._util import check_finite
-from scoreprior.denoise.base import AbstractDenoiser
+from scoreprior.denoise.base import AbstractDenoiser, AbstractWrapper
 from scoreprior.guide.base import Denoise, as_tree, log_normal
 
 
@@ -82,7 +82,7 @@ class EventMoments(NamedTuple):
         return cls(x_hat, mean, covariance, lambda w: pull(pull_condition(w)[0])[0])
 
 
-class EventGuidance(AbstractDenoiser):
+class EventGuidance(AbstractWrapper):
     """The denoiser of data that meet a condition, by the moments of `c(x)` (Finzi et al. 2023).
 
         c(x) | x_t ~ N(c(D), S),     S = sigma^2 A J A',     D_c = D + sigma^2 J' A' g
@@ -100,10 +100,6 @@ class EventGuidance(AbstractDenoiser):
 
     denoiser: AbstractDenoiser
     condition: AbstractCondition
-
-    @property
-    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        return self.denoiser.level_range
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         moments = self._moments(x, sigma, context)

@@ -4,12 +4,12 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from scoreprior._typing import Context, Event, Scalar, Sigma
+from scoreprior._typing import Context, Event, Sigma
 from scoreprior._util import check_finite, is_traced
-from scoreprior.denoise.base import AbstractDenoiser
+from scoreprior.denoise.base import AbstractDenoiser, AbstractWrapper
 
 
-class Replacement(AbstractDenoiser):
+class Replacement(AbstractWrapper):
     """Inpainting by replacement (Song et al., ICLR 2021; Lugmayr et al. 2022).
 
         D_y = values where mask, D elsewhere
@@ -41,10 +41,6 @@ class Replacement(AbstractDenoiser):
             )
         if not (is_traced(self.mask) or is_traced(self.values)):
             check_finite("values where mask", self.values[self.mask])
-
-    @property
-    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        return self.denoiser.level_range
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         return jnp.where(self.mask, self.values, self.denoiser(x, sigma, context))

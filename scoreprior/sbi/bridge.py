@@ -10,8 +10,11 @@ ten thousand observations as for one. The plain path, without `G`, narrows to th
 observations while each of them still is noise, and takes steps in proportion to `n`.
 
 A posterior with tails wider than its Gaussian's would leave a path that has no normaliser. So
-Gaussians are widened towards the prior, `G_j -> G_0 (G_j / G_0)^share`, until the path pulls
-inwards far out, at all levels; `share = 0` is the plain path.
+Gaussians are widened towards the prior, `G_j -> G_0 (G_j / G_0)^share`, until the tails of the path
+fall off at all levels; `share = 0` is the plain path.
+
+Errors of learned scores add up over observations, and may outweigh what the posterior pulls, on
+any path. They move its centre; but they are bounded, and leave the slope of its tails.
 """
 
 from collections.abc import Sequence
@@ -44,8 +47,11 @@ SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05)
 NUM_CHECKED = 256
 """Posteriors by which the pull of very many is estimated."""
 
-LEAST_PULL = 0.25
-"""Towards the centre of `G`, in units of its own pull, at three and six standard deviations."""
+FAR = (6.0, 12.0)
+"""Standard deviations of `G` between which tails are looked at."""
+
+LEAST_SLOPE = 0.25
+"""Of minus the score there, in units of the slope of `G`; the bridge may always take as much."""
 
 
 class Bridge(NamedTuple):
@@ -62,21 +68,18 @@ def find_bridge(
     factors: tuple[Stack[Factor], ...],
     rows: np.ndarray | None = None,
 ) -> tuple[Bridge, float] | None:
-    """The bridge of the largest share that pulls inwards, and the share; `None` where none does.
+    """The bridge of the largest share whose path has tails, and the share; `None` where none has.
 
-    With `rows`, `factors` are the posteriors, the first of `laws`, and after them the priors: what
-    pulls is estimated from the posteriors at these rows, and the Gaussians about them.
+    Tails that rise without the bridge too are not its fault.
+
+    With `rows`, `factors` are the posteriors, the first of `laws`, and after them the priors: tails
+    are estimated from the posteriors at these rows, and the Gaussians about them.
     """
     # Without a prior's Gaussian there is nothing to widen towards.
     for share in SHARES if min(exponents) < 0 else (1.0,):
         found = make_bridge(laws, exponents, share)
-        seen, rest = factors, found.stack
-        if rows is not None:
-            posteriors, *priors = factors
-            n = posteriors.size
-            some = [_thinned(stack, rows, n / len(rows)) for stack in (posteriors, found.stack)]
-            seen, rest = (*some, *priors), found.stack.take(np.arange(n, found.stack.size))
-        if pull(seen, rest) >= LEAST_PULL:
+        path, of_bridge = tails(factors, found.stack, rows)
+        if ((path >= LEAST_SLOPE) | (of_bridge >= -LEAST_SLOPE)).all():
             return found, share
     return None
 
@@ -139,38 +142,79 @@ def _covariance(moments: Moments) -> Array:
     return moments.covariance()
 
 
-def pull(factors: tuple[Stack[Factor], ...], bridge: Stack[Factor]) -> float:
-    """The least pull of the path towards the centre of `G`, in units of the pull of `G`.
+class Tails(NamedTuple):
+    """Slopes of minus the score, in units of that of `G` [level, direction]."""
 
-    At three and six standard deviations of `G` with the noise of the level, both ways along the
-    axes of the curvature at the centre, at twenty levels.
+    path: np.ndarray  # the largest that errors of the scores leave possible
+    bridge: np.ndarray  # what the bridge adds
+
+
+def tails(
+    factors: tuple[Stack[Factor], ...], bridge: Stack[Factor], rows: np.ndarray | None = None
+) -> Tails:
+    """Between `FAR` of `G` with the noise of the level, both ways along axes, at twenty levels.
+
+    Axes are those of the curvature at the centre. The tails of a law are a slope times the distance
+    and, if they come from another centre, an offset: errors of scores are taken to vary by half of
+    it at most, and rounding as much as it may. For `rows` see `find_bridge`.
     """
-    last = bridge[bridge.size - 1]
-    return float(jnp.min(_pulls((*factors, bridge), last.moments, last.sigma_min)))
+    last, gaussians = bridge[bridge.size - 1], (bridge,)
+    if rows is not None:
+        posteriors, *priors = factors
+        n = posteriors.size
+        some, about = (_thinned(stack, rows, n / len(rows)) for stack in (posteriors, bridge))
+        factors, gaussians = (some, *priors), (about, bridge.take(np.arange(n, bridge.size)))
+    return Tails(*map(np.asarray, _tails(factors, gaussians, last.moments, last.sigma_min)))
 
 
 @eqx.filter_jit
-def _pulls(stacks: tuple[Stack[Factor], ...], center: Moments, sigma_min: Scalar) -> Array:
-    far = jnp.asarray([-6.0, -3.0, 3.0, 6.0], center.mean.dtype)
+def _tails(
+    factors: tuple[Stack[Factor], ...],
+    bridge: tuple[Stack[Factor], ...],
+    center: Moments,
+    sigma_min: Scalar,
+) -> tuple[Array, Array]:
+    far = jnp.asarray(FAR, center.mean.dtype)
     # Of more observations than `sigma_min` allows, the clean variances may be negative.
     low, high = center.scales(sigma_min).min() / 3, 10 * center.scales(sigma_min).max()
     levels = jnp.geomspace(low, high, 20, dtype=far.dtype)
 
-    def slope(u: Array, r: Scalar) -> Array:
+    def score(stacks: tuple[Stack[Factor], ...], u: Array, r: Scalar) -> Array:
         """The gradient of the log density in whitened `u` [size]."""
         sigma = jnp.sqrt(r**2 + sigma_min**2)
         z = center.colour(u.reshape(center.event_shape), sigma)
-        score = sum_over(stacks, lambda f: f.exponent * f.score(z, r))
-        return (center.scales(sigma) * center.basis.analyse(score)).ravel()
+        total = sum_over(stacks, lambda f: f.exponent * f.score(z, r))
+        return (center.scales(sigma) * center.basis.analyse(total)).ravel()
 
     def axes(r: Scalar) -> Array:
         """Directions of the curvature at the centre [size, size], the weakest among them."""
-        curvature = jax.jacfwd(slope)(jnp.zeros(center.size, far.dtype), r)
+        origin = jnp.zeros(center.size, far.dtype)
+        curvature = jax.jacfwd(lambda u: score((*factors, *bridge), u, r))(origin)
         return jnp.linalg.eigh((curvature + curvature.T) / 2)[1].T
 
-    def at_level(r: Scalar, axes: Array) -> Array:
-        steps = (far[:, None, None] * axes[None]).reshape(-1, center.size)
-        return jax.lax.map(lambda u: -jnp.sum(slope(u, r) * u) / jnp.sum(u**2), steps)
+    def along(axis: Array, r: Scalar) -> tuple[Array, Array]:
+        def inwards(stacks: tuple[Stack[Factor], ...]) -> Array:
+            return jax.vmap(lambda d: -score(stacks, d * axis, r) @ axis)(far)
+
+        def slope(pulls: Array) -> Array:
+            return (pulls[1] - pulls[0]) / (far[1] - far[0])
+
+        of_bridge = inwards(bridge)
+        path = inwards(factors) + of_bridge
+        half_offset = jnp.abs(path[1] / far[1] - slope(path)) * far[1] / 2
+        doubt = (half_offset + rounding(axis, r)) / (far[1] - far[0])
+        return slope(path) + doubt, slope(of_bridge)
+
+    def rounding(axis: Array, r: Scalar) -> Array:
+        """Of the scores of all factors, along the axis."""
+        sigma = jnp.sqrt(r**2 + sigma_min**2)
+        z = center.colour((far[1] * axis).reshape(center.event_shape), sigma)
+        weight = jnp.sqrt(sum_over((*factors, *bridge), lambda f: f.exponent**2))
+        width = jnp.linalg.norm(center.scales(sigma).ravel() * axis)
+        return jnp.finfo(z.dtype).eps * jnp.abs(z).max() * weight / sigma**2 * width
+
+    def at_level(r: Scalar, axes: Array) -> tuple[Array, Array]:
+        return jax.lax.map(lambda axis: along(axis, r), jnp.concatenate([axes, -axes]))
 
     return jax.vmap(at_level)(levels, jax.lax.map(axes, levels))
 
@@ -194,4 +238,4 @@ def _log_normal(x: np.ndarray, precision: np.ndarray) -> float:
     return float(np.linalg.slogdet(precision / (2 * np.pi))[1] - x @ precision @ x) / 2
 
 
-__all__ = ["NUM_CHECKED", "Bridge", "find_bridge", "make_bridge", "narrowed", "pull"]
+__all__ = ["NUM_CHECKED", "Bridge", "find_bridge", "make_bridge", "narrowed", "tails"]

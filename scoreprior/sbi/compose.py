@@ -34,7 +34,7 @@ from scoreprior.feynman_kac import (
 )
 from scoreprior.flow import Flow, LogRatioTime, Multistep
 from scoreprior.prior import ScorePrior
-from scoreprior.sbi.bridge import NUM_CHECKED, Bridge, find_bridge, make_bridge, pull
+from scoreprior.sbi.bridge import NUM_CHECKED, Bridge, find_bridge, make_bridge, tails
 from scoreprior.sbi.confined import confine
 
 
@@ -70,7 +70,10 @@ class Product(Composition):
         laws = (*posteriors, *priors)
         self.bridge_stack, self.log_scale, self.num_repaired, self.share = None, None, 0, 0.0
         super().__init__(laws, exponents, validate_args=validate_args)
-        found = self._find_bridge(laws, exponents) if bridge else None
+        if not bridge:
+            return
+        factors, rows = self._seen()
+        found = find_bridge(laws, exponents, factors, rows)
         if found is not None:
             (self.bridge_stack, self.log_scale, self.num_repaired), self.share = found
         elif batch_size is not None:
@@ -78,30 +81,30 @@ class Product(Composition):
                 f"batch_size must be None where posteriors have tails too wide for a bridge, got "
                 f"{batch_size}"
             )
-        elif bridge and priors:
-            self._check_plain_path(laws, exponents)
+        if min(exponents) < 0:
+            plain = make_bridge(laws, exponents, 0.0)  # Gaussians that are all the prior's
+            self._check_tails(float(tails(factors, plain.stack, rows).path.min()), plain)
 
-    def _check_plain_path(self, laws: Any, exponents: Any) -> None:
-        """Warn where it does not pull inwards far out, by the Gaussian of the prior."""
-        plain = make_bridge(laws, exponents, 0.0)
-        self.num_repaired = plain.num_repaired
-        least = pull(self.factors(), plain.stack)
-        if least < 0:
+    def _seen(self) -> tuple[tuple[Stack[Factor], ...], np.ndarray | None]:
+        """Factors to know the tails by; of very many, those of the posteriors at some rows."""
+        n = self.num_observations
+        if self.batch_size is None or n <= NUM_CHECKED:
+            return self.factors(), None
+        return _split(self), np.random.default_rng(0).choice(n, NUM_CHECKED, replace=False)
+
+    def _check_tails(self, slope: float, plain: Bridge) -> None:
+        """Warn of tails of the plain path that rise, `slope` in units of the prior's."""
+        if self.bridge_stack is None:
+            self.num_repaired = plain.num_repaired
+        if slope < 0:
             warnings.warn(
                 f"the product of {self.num_observations} posteriors may have no normaliser: far "
-                "from its middle, scores of posteriors less those of the prior point outwards, by "
-                f"{-least:.2g} times what the prior pulls inwards, and draws would be of nothing; "
-                f"{self.num_repaired} of the posteriors are wider than the prior in some "
+                "out, scores of posteriors less those of the prior grow outwards, by "
+                f"{-slope:.2g} times what the prior's grows inwards, and draws would be of "
+                f"nothing; {plain.num_repaired} of the posteriors are wider than the prior in some "
                 "direction: check the prior, train for longer, or compose fewer observations",
                 stacklevel=5,
             )
-
-    def _find_bridge(self, laws: Any, exponents: Any) -> tuple[Bridge, float] | None:
-        n = self.num_observations
-        if self.batch_size is None or n <= NUM_CHECKED:
-            return find_bridge(laws, exponents, self.factors())
-        rows = np.random.default_rng(0).choice(n, NUM_CHECKED, replace=False)
-        return find_bridge(laws, exponents, _split(self), rows)
 
     def composed(
         self,

@@ -6,14 +6,15 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scoreprior._typing import Context, Event, Scalar, Sigma
+from scoreprior._typing import Context, Event, Sigma
 from scoreprior.denoise import AbstractDenoiser, Gaussian
+from scoreprior.denoise.base import AbstractWrapper
 from scoreprior.denoise.exact import AbstractExact
 from scoreprior.flow import Flow
 from scoreprior.prior import ScorePrior
 
 
-class Confined(AbstractDenoiser):
+class Confined(AbstractWrapper):
     """`denoiser` where the noised prior puts `z`, and the prior's own denoiser `law` far beyond.
 
     There training has shown nothing, so that an observation is to say nothing. The tails matter
@@ -29,10 +30,6 @@ class Confined(AbstractDenoiser):
     denoiser: Any
     law: AbstractDenoiser
     center: Float[Array, " size"]
-
-    @property
-    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        return self.denoiser.level_range
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         root = math.sqrt(x.size)

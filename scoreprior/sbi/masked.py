@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from scoreprior._typing import Context, Event, Key, Scalar, Sigma
 from scoreprior.denoise import AbstractDenoiser
+from scoreprior.denoise.base import AbstractWrapper
 from scoreprior.nn import ResidualMLP
 from scoreprior.train import AbstractLevels, AbstractLoss
 
@@ -112,16 +113,12 @@ class JointLoss(AbstractLoss):
         return jnp.mean(jnp.where(observed, 0.0, error**2))
 
 
-class Unobserved(AbstractDenoiser):
+class Unobserved(AbstractWrapper):
     """A joint denoiser with its observed entries fixed: that of the entries `index` [k]."""
 
     denoiser: AbstractDenoiser
     context: Masked
     index: Int[Array, " k"]
-
-    @property
-    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        return self.denoiser.level_range
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         if context is not None:

@@ -27,6 +27,7 @@ from numpyro.primitives import Messenger
 from scoreprior._typing import Context, Event, Key, Scalar, Sigma
 from scoreprior._util import size_of
 from scoreprior.denoise import AbstractDenoiser, BlurredUniform, Gaussian
+from scoreprior.denoise.base import AbstractWrapper
 from scoreprior.gaussian import Moments
 from scoreprior.sbi.laws import law_of
 from scoreprior.sbi.soft import BLUR, HALF
@@ -36,15 +37,11 @@ THETA = "theta"
 """The name of the only site of a prior that is a distribution."""
 
 
-class Flattened(AbstractDenoiser):
+class Flattened(AbstractWrapper):
     """A denoiser of events of shape `event_shape`, over their entries as one vector."""
 
     denoiser: AbstractDenoiser
     event_shape: tuple[int, ...] = eqx.field(static=True)
-
-    @property
-    def level_range(self) -> tuple[float | Scalar, float | Scalar]:
-        return self.denoiser.level_range
 
     def __call__(self, x: Event, sigma: Sigma, context: Context = None) -> Event:
         return self.denoiser(x.reshape(self.event_shape), sigma, context).ravel()

@@ -134,7 +134,8 @@ class TSNPSE(eqx.Module):
         adds rounds, and `tolerance` and `max_failures` may change. `simulations-0001` and so on in
         it are stores of `sbi.simulate`, for `Simulations.load`. It needs the extra `sbi`.
 
-        Ctrl-C ends with the last whole round, and raises `KeyboardInterrupt` in the first.
+        Ctrl-C ends with the last whole round, and raises `KeyboardInterrupt` in the first. An error
+        has the whole rounds before it in its attribute `done`.
 
         **Errors:** `ValueError` before any work for an `x_o` that is not finite and a checkpoint of
         another run, naming what differs, and for an `x_o` of another shape than simulations have:
@@ -162,6 +163,11 @@ class TSNPSE(eqx.Module):
             if done is None:
                 raise KeyboardInterrupt("interrupted before the end of the first round") from None
             return done._replace(interrupted=True)
+        except Exception as error:
+            if done is not None:
+                error.done = done  # type: ignore[attr-defined]
+                error.add_note(f"the {len(done.rounds)} whole rounds are in `done` of this error")
+            raise
         return done
 
     def _round(

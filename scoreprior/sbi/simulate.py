@@ -141,14 +141,9 @@ def simulate(
     draw = sampler(prior)
     theta_key, x_key = jax.random.split(key)
     theta = draw_many(draw, theta_key, num)
-    identity = {
-        **_identity(theta, key),
-        "program of prior": program(draw, theta_key),
-        "type of x": str(jnp.result_type(float)),
-        **simulator.identity(theta, x_key),
-    }
-    table = Table(theta, num)
-    kept = None if store is None else Store(Path(store), identity, table)
+    identity = _identity(theta, key, simulator, x_key)
+    identity["program of prior"] = program(draw, theta_key)
+    table, kept = _open(theta, store, identity)
     _check_failures(table, max_failures)
     try:
         _fill(table, simulator, x_key, kept, max_failures, progress)
@@ -176,14 +171,9 @@ def simulate_given(
     if store is not None:
         files.zarr()
     theta = jax.tree.map(np.array, theta)
-    identity = {
-        **_identity(theta, key),
-        "values of theta": digest(theta),
-        "type of x": str(jnp.result_type(float)),
-        **simulator.identity(theta, key),
-    }
-    table = Table(theta, len(jax.tree.leaves(theta)[0]))
-    kept = None if store is None else Store(Path(store), identity, table)
+    identity = _identity(theta, key, simulator, key)
+    identity["values of theta"] = digest(theta)
+    table, kept = _open(theta, store, identity)
     _check_failures(table, max_failures)
     _fill(table, simulator, key, kept, max_failures, progress, check)
     return _finished(table)
@@ -207,11 +197,24 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a share in [0, 1), got {value}")
 
 
-def _identity(theta: PyTree[np.ndarray], key: Key) -> dict[str, Any]:
+def _identity(
+    theta: PyTree[np.ndarray], key: Key, simulator: AbstractSimulator, x_key: Key
+) -> dict[str, Any]:
+    """What must agree for a store to be gone on with, `key` that of the call."""
     return {
         "key": [str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key)).tolist()],
         "theta": files.describe_theta(theta),
+        "type of x": str(jnp.result_type(float)),
+        **simulator.identity(theta, x_key),
     }
+
+
+def _open(
+    theta: PyTree[np.ndarray], store: str | os.PathLike[str] | None, identity: dict[str, Any]
+) -> tuple[Table, Store | None]:
+    """A table of draws, filled from the store where there is one."""
+    table = Table(theta, len(jax.tree.leaves(theta)[0]))
+    return table, None if store is None else Store(Path(store), identity, table)
 
 
 def _finished(table: Table) -> Simulations:
