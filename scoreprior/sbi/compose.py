@@ -189,7 +189,7 @@ def compose(
     Learned posteriors go over to a `prior` that is known and not normal where that has less than
     one draw in ten thousand, see `sbi.confined`: beyond its edges they would have no product.
     Raises `ValueError` for no posterior, and for shapes or noise levels that disagree; warns where
-    no bridge is found and the product seems to have no normaliser.
+    the product seems to have no normaliser.
     """
     posteriors = list(posteriors)
     if not posteriors:
