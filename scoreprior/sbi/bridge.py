@@ -42,16 +42,16 @@ The prior itself is left as it is: so the precision of all is never below the pr
 """
 
 SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05)
-"""Shares of what an observation adds to the prior's Gaussian: the first that pulls is taken."""
+"""Shares of what an observation adds to the prior's Gaussian: the first with tails is taken."""
 
 NUM_CHECKED = 256
-"""Posteriors by which the pull of very many is estimated."""
+"""Posteriors by which the tails of very many are estimated."""
 
 FAR = (6.0, 12.0)
 """Standard deviations of `G` between which tails are looked at."""
 
 LEAST_SLOPE = 0.25
-"""Of minus the score there, in units of the slope of `G`; the bridge may always take as much."""
+"""Of minus the score there, in units of the slope of `G`; the bridge may take as much in any case."""
 
 
 class Bridge(NamedTuple):
