@@ -51,7 +51,7 @@ FAR = (6.0, 12.0)
 """Standard deviations of `G` between which tails are looked at."""
 
 LEAST_SLOPE = 0.25
-"""Of minus the score there, in units of the slope of `G`; the bridge may take as much in any case."""
+"""Of minus the score there, in units of the slope of `G`; the bridge may take as much."""
 
 
 class Bridge(NamedTuple):
