@@ -24,8 +24,10 @@ from scoreprior.sbi import (
     simulate,
 )
 from scoreprior.sbi.cluster import connect
+from scoreprior.sbi.journal import Arrived, Journal
 from scoreprior.sbi.simulators import seeds
 from scoreprior.sbi.store import Table
+from scoreprior.sbi.worker import Status
 from stats import assert_cov, assert_mean
 
 KEY = jax.random.key(3)
@@ -378,6 +380,35 @@ def test_a_command_is_killed_after_its_time(client, tmp_path):
         assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
+def test_a_journal_keeps_every_whole_record(tmp_path):
+    x = np.arange(6.0).reshape(3, 2)
+    records = [
+        Arrived(np.array([4]), np.array([Status.ERROR], np.uint8), None, {4: "no, and no"}),
+        Arrived(np.array([0, 2, 5]), np.full(3, Status.DONE, np.uint8), x, {}),
+    ]
+    path = tmp_path / "journal"
+    for record in records:
+        Journal(path).add(record)
+
+    def read():
+        return list(Journal(path))
+
+    def same(found):
+        for one, record in zip(found, records, strict=False):
+            jax.tree.map(np.testing.assert_array_equal, one._asdict(), record._asdict())
+        return len(found)
+
+    whole = path.read_bytes()
+    assert same(read()) == 2
+    for cut in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(cut)
+        assert same(read()) == 1
+    path.write_bytes(whole[:5])
+    assert read() == []
+    Journal(path).clear()
+    assert read() == []
+
+
 # A process of its own, for a local cluster that dies with it
 
 KILLED = """
@@ -385,15 +416,17 @@ import functools, os, signal, sys
 import conftest, jax
 jax.config.update("jax_numpy_rank_promotion", "allow")
 import black_boxes, test_sbi_simulate as tests
-from scoreprior.sbi.store import Store
-flush = Store.flush
+from scoreprior.sbi import store
+store.SHARE_OF_TIME = 1e-9  # arrays are written once
+add = store.Store.add
 
-def flush_and_die(self):
-    flush(self)
+def add_and_die(self, arrived):
+    add(self, arrived)
     if self._table.num_done >= 40:
+        print(self._table.num_done, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
-Store.flush = flush_and_die
+store.Store.add = add_and_die
 if __name__ == "__main__":
     function = functools.partial(black_boxes.logged, sys.argv[2])
     box = tests.BlackBox(function, num_workers=1, batch_size=4)
@@ -412,7 +445,7 @@ def test_a_killed_run_resumes_and_loses_nothing(client, tmp_path):
     )
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     stored = Simulations.load(tmp_path / "store")
-    assert 40 <= len(stored) < 200
+    assert 40 <= len(stored) == int(child.stdout) < 200
     log.write_text("")
     box = BlackBox(functools.partial(black_boxes.logged, str(log)), scheduler=client)
     made = quiet(PRIOR, box, 200, store=tmp_path / "store")

@@ -71,7 +71,7 @@ class Scoreprior:
     def evaluations(self, x: np.ndarray, num: int, steps: int) -> float:
         from scoreprior.sbi.posterior import NUM_PILOT
 
-        return (steps + 2) * (1 + NUM_PILOT / num)
+        return (steps + 2) * (1 + 2 * NUM_PILOT / num)
 
 
 class Sbi:

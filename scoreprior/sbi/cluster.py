@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from scoreprior.sbi.store import Arrived
+from scoreprior.sbi.journal import Arrived
 from scoreprior.sbi.worker import Call, Reply, Status
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from scoreprior.sbi.amortise import split
 from scoreprior.sbi.embed import Standardise
 from scoreprior.sbi.masked import DrawMask, JointDenoiser, JointLoss, Masked, Unobserved
 from scoreprior.sbi.pairs import Source, pairs
-from scoreprior.sbi.parameters import THETA, Parameters
+from scoreprior.sbi.parameters import THETA, Parameters, from_vectors
 from scoreprior.sbi.posterior import check_range, conditioned, push
 from scoreprior.train import History, LogUniform, adamw, fit
 
@@ -157,7 +157,7 @@ class JointPosterior(eqx.Module):
         drawn = push(flow, noise)
         full = jnp.broadcast_to(context.value, (num, self.size)).at[:, index].set(drawn)
         z, c = full[:, : self.parameters.size], full[:, self.parameters.size :]
-        theta = jax.vmap(self.parameters.from_vector)(z)
+        theta = from_vectors(self.parameters, z)
         theta = theta if self.parameters.is_model else {THETA: theta}
         shape = self.standardise.mean.shape
         x = c.reshape(num, *shape) * self.standardise.scale[None] + self.standardise.mean[None]

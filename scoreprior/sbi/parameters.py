@@ -194,6 +194,12 @@ class Parameters(eqx.Module):
         return _Walk(vector, theta, *totals)
 
 
+@eqx.filter_jit
+def from_vectors(parameters: Parameters, z: Float[Array, "num size"]) -> PyTree[Array]:
+    """The parameters `theta` [num, ...] of many `z`, compiled once for every prior."""
+    return jax.vmap(parameters.from_vector)(z)
+
+
 class _Single:
     """The model with one site, `theta`."""
 

@@ -1,5 +1,6 @@
 """The amortised posterior: one network, conditioned on any observation, as a `ScorePrior`."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from scoreprior.prior import ScorePrior
 from scoreprior.sbi import saved
 from scoreprior.sbi.conditional import Observed
 from scoreprior.sbi.embed import Standardise
-from scoreprior.sbi.parameters import Parameters
+from scoreprior.sbi.parameters import Parameters, from_vectors
 from scoreprior.solver import AbstractSolver, LogRatioTime, Multistep
 from scoreprior.train import History
 
@@ -139,7 +140,7 @@ class Posterior(eqx.Module):
         check_count("num", num)
         flow = self.condition(x_o).flow
         noise = jax.random.normal(key, (num, self.parameters.size), self.moments.mean.dtype)
-        return jax.vmap(self.parameters.from_vector)(push(flow, noise))
+        return from_vectors(self.parameters, push(flow, noise))
 
     def log_prob(self, theta: PyTree[Array], x_o: Float[Array, "..."]) -> Float[Array, " num"]:
         """Log density of draws `theta`, [num, ...] or a dict of them, given `x_o`, nats [num].
@@ -239,8 +240,15 @@ def default_solver(moments: Moments, sigma_min: float) -> Multistep:
 
 @eqx.filter_jit
 def push(flow: Flow, noise: Float[Array, "num size"]) -> Float[Array, "num size"]:
-    """Draws of the flow from noise."""
-    return jax.vmap(flow.to_data)(noise)
+    """Draws of the flow from noise, in groups of equal size that bound the memory.
+
+    On a processor what the network makes of a group stays in the cache of a core.
+    """
+    at_once = 512 if jax.default_backend() == "cpu" else 65_536
+    num = len(noise)
+    size = math.ceil(num / math.ceil(num / at_once))
+    groups = jnp.pad(noise, ((0, -num % size), (0, 0))).reshape(-1, size, noise.shape[1])
+    return jax.lax.map(jax.vmap(flow.to_data), groups).reshape(-1, noise.shape[1])[:num]
 
 
 @eqx.filter_jit

@@ -166,7 +166,7 @@ class TSNPSE(eqx.Module):
         except Exception as error:
             if done is not None:
                 error.done = done  # type: ignore[attr-defined]
-                error.add_note(f"the {len(done.rounds)} whole rounds are in `done` of this error")
+                error.add_note(f"rounds kept in the attribute done of this error: {len(done.rounds)}")
             raise
         return done
 

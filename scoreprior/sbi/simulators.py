@@ -24,7 +24,7 @@ from scoreprior._util import check_count, check_positive
 from scoreprior.sbi import child, cluster
 from scoreprior.sbi.cluster import remote
 from scoreprior.sbi.fingerprint import code_of, name_of
-from scoreprior.sbi.store import Arrived
+from scoreprior.sbi.journal import Arrived
 from scoreprior.sbi.worker import Call, Status
 from scoreprior.train.identity import digest, program
 

@@ -2,7 +2,8 @@
 
 Draw `i` has row `i` of every array, so that the order in which draws arrive leaves no trace. Rows
 of `status` are written after those of `x` that they speak of, and files are replaced atomically (by
-Zarr from 3.1.3 on): after a kill every row whose status is not `PENDING` is whole.
+Zarr from 3.1.3 on): after a kill every row whose status is not `PENDING` is whole. Arrays are
+written now and then, and what arrives in between goes into a `Journal` at once.
 """
 
 import json
@@ -10,12 +11,13 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 from jaxtyping import PyTree
 
+from scoreprior.sbi.journal import Arrived, Journal
 from scoreprior.sbi.worker import Status
 
 FORMAT = "scoreprior.simulations/1"
@@ -23,15 +25,7 @@ NUM_MESSAGES = 10
 CHUNK_BYTES = 2**18
 CHUNK_ROWS = 1024
 SHARE_OF_TIME = 0.1
-
-
-class Arrived(NamedTuple):
-    """What became of some draws; `x` is `None` while no shape is known, and rows may be blank."""
-
-    draws: np.ndarray  # [k], their numbers
-    status: np.ndarray  # [k]
-    x: np.ndarray | None  # [k, *x]
-    messages: dict[int, str]  # by draw
+JOURNAL = "arrived"
 
 
 class Table:
@@ -88,10 +82,12 @@ class Store:
         self._table = table
         self._dirty: list[np.ndarray] = []
         self._next_flush = 0.0
+        self._journal = Journal(path / JOURNAL)
         identity = json.loads(json.dumps({"format": FORMAT, **identity}))
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             self._group = _open(path, "r+")
             _check_identity(path, dict(self._group.attrs), identity)
+            self._settle()
             _restore(self._group, table)
         else:
             attributes = {**identity, "num": 0, "messages": {}}
@@ -99,10 +95,12 @@ class Store:
         self._grow()
 
     def add(self, arrived: Arrived) -> None:
-        """Note what changed, and write it unless writing has just taken much of the time."""
+        """Write what arrived: into the journal if writing arrays has just taken much of the time."""
         self._dirty.append(arrived.draws)
         if time.perf_counter() >= self._next_flush:
             self.flush()
+        else:
+            self._journal.add(arrived)
 
     def flush(self) -> None:
         """Write every row that changed; Zarr's chunks are written whole, and none is read."""
@@ -118,8 +116,17 @@ class Store:
             self._group.attrs["messages"] = {str(i): text for i, text in messages.items()}
         _write(self._array("status", table.status), table.status, rows)
         self._dirty.clear()
+        self._journal.clear()
         end = time.perf_counter()
         self._next_flush = end + (end - start) / SHARE_OF_TIME
+
+    def _settle(self) -> None:
+        """Write the arrays of what a killed run has left in the journal."""
+        self._dirty = [arrived.draws for arrived in self._journal]
+        if self._dirty:
+            table, self._table = self._table, read(self.path)
+            self.flush()
+            self._table = table
 
     def _grow(self) -> None:
         num, before = len(self._table.status), int(self._group.attrs["num"])
@@ -159,6 +166,8 @@ def read(path: str | os.PathLike[str]) -> Table:
     theta = leaves[""] if list(places) == [""] else leaves
     table = Table(theta, num)
     _restore(group, table)
+    for arrived in Journal(Path(path) / JOURNAL):
+        table.add(arrived)
     return table
 
 
@@ -233,4 +242,4 @@ def _first(messages: dict[int, str]) -> dict[int, str]:
     return dict(sorted(messages.items())[:NUM_MESSAGES])
 
 
-__all__ = ["Arrived", "Store", "Table", "describe_theta", "read", "zarr"]
+__all__ = ["Store", "Table", "describe_theta", "read", "zarr"]
