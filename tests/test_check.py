@@ -536,6 +536,12 @@ def test_pictures_show_the_tree():
         *tree["distances"]["observed"].values,
     ]
     rng = np.random.default_rng(0)
+    tree = check.c2st(*rng.normal(size=(2, 200, 1)))
+    ax = check.plot_c2st(tree).axes[0]
+    np.testing.assert_allclose(ax.lines[2].get_ydata(), tree["c2st"]["accuracy"].values)
+    assert ax.lines[1].get_ydata()[0] == tree.attrs["accuracy"]
+    low, height = ax.patches[0].get_y(), ax.patches[0].get_height()
+    np.testing.assert_allclose([low, height], [0.5 - 80**-0.5, 2 * 80**-0.5])
     tree = _local(rng, np.zeros_like, 60, classifier=LogisticRegression(), num_null=9)
     axes = check.plot_local_c2st(tree).axes
     assert [ax.lines[0].get_xdata()[0] for ax in axes] == [*tree["local_c2st"]["statistic"].values]

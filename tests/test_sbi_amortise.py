@@ -13,10 +13,12 @@ from scoreprior import nn
 from scoreprior.denoise import AbstractDenoiser
 from scoreprior.flow import Flow
 from scoreprior.gaussian import Moments
+from scoreprior.infer import infer
 from scoreprior.nn.embed import zeroed
 from scoreprior.prior import ScorePrior
-from scoreprior.sbi import NPSE, Parameters, Posterior, SetEncoder, Standardise
+from scoreprior.sbi import NPSE, Parameters, Posterior, SetEncoder, Standardise, compose
 from scoreprior.sbi.embed import DrawItems
+from scoreprior.smc import FeynmanKac
 from stats import assert_cov, assert_mean, assert_proportion
 
 pytestmark = pytest.mark.promotes_ranks
@@ -298,6 +300,21 @@ def test_one_network_serves_sets_of_every_size_and_knows_the_prior(of_sets):
     silent = eqx.tree_at(lambda p: p.denoiser.net.mlp.last, of_sets, replace_fn=zeroed)
     assert errors_of_sets(of_sets) < 0.2
     assert errors_of_sets(silent) > 0.5
+
+
+def product_of_sets(amortised):
+    """Error of the composition of two sets of four and the learned prior: mean and deviation."""
+    x = 0.8 + 0.5 * jnp.linspace(-1, 1, 8)[:, None]
+    product = compose([amortised.condition(x[:4]), amortised.condition(x[4:])], amortised.prior())
+    engine = FeynmanKac(None, num_particles=1000, num_groups=2, num_steps=60)
+    tree = infer(lambda: numpyro.sample("z", product), engine, key=KEY, progress=False)
+    z = np.asarray(tree.posterior["z"])
+    return max(abs(z.mean() - 0.8 * 8 / 9) * 3, abs(3 * z.std() - 1))
+
+
+@pytest.mark.usefixtures("as_user")
+def test_posteriors_of_sets_compose_with_the_prior_that_was_learnt(of_sets):
+    assert product_of_sets(of_sets) < 0.25
 
 
 # Bad input.

@@ -24,6 +24,7 @@ from scoreprior.prior import ScorePrior
 from scoreprior.sample import Ancestral, LogGrid, sample
 from scoreprior.sbi import bridge
 from scoreprior.smc import FeynmanKac, TemperedSMC
+from scoreprior.vi import VI, FullRank
 from stats import assert_cov, assert_mean
 
 KEY = jax.random.key(11)
@@ -359,6 +360,34 @@ def test_another_prior_takes_the_place_of_that_of_training():
     assert_cov(draws, np.linalg.inv(precision), bias=0.1)
 
 
+def test_posteriors_of_different_simulators_compose():
+    """Of two of one kind, and one of the other, in every order."""
+    (mean, covariance, _), x = tall_gaussian(X[:2]), X[2]
+    each = [gaussian_posterior(X[0]), mixed_posterior(x), gaussian_posterior(X[1])]
+    product = sbi.compose(each, PRIOR)
+    assert len(product.factors()) == 2  # the prior is of the kind of the first
+    logs, means, covariances = [], [], []
+    for c in (2.25, 1 / 9):
+        law = dist.MultivariateNormal(jnp.asarray(mean), jnp.asarray(covariance + c * np.eye(2)))
+        gain = covariance @ np.linalg.inv(covariance + c * np.eye(2))
+        logs.append(float(law.log_prob(x)))
+        means.append(mean + gain @ (np.asarray(x) - mean))
+        covariances.append(covariance - gain @ covariance)
+    weights = np.exp(logs - np.logaddexp(*logs))
+    center = weights @ np.asarray(means)
+    total = sum(
+        w * (c + np.outer(m - center, m - center))
+        for w, m, c in zip(weights, means, covariances, strict=True)
+    )
+    draws, _, ess = cloud(product, 200, 6000)
+    assert_mean(draws, center, ess=ess, bias=0.1)
+    assert_cov(draws, total, ess=ess, bias=0.2)
+    with pytest.raises(ValueError, match="must be of one network with a batch_size, got 2 kinds"):
+        sbi.compose(each, PRIOR, batch_size=2)
+    with pytest.raises(ValueError, match="posteriors of one kind, got 2 kinds"):
+        sbi.Damped(product)
+
+
 def test_posteriors_wider_than_the_prior_are_repaired_and_said_so():
     wide = Moments.dense(jnp.zeros(2), jnp.diag(jnp.asarray([0.5, 1.2])))
     odd = ScorePrior(
@@ -446,6 +475,17 @@ def test_a_product_is_a_prior_site_with_a_likelihood_of_its_own():
     assert_cov(draws, covariance - np.outer(gain, covariance[0]), ess=2000, bias=0.3)
     log_y = dist.Normal(mean[0], np.sqrt(covariance[0, 0] + 0.25)).log_prob(1.0)
     assert abs(float(tree.sample_stats["log_evidence"]) - log_z - log_y) < 0.1
+
+
+@pytest.mark.promotes_ranks
+def test_variational_inference_fits_a_product():
+    product = sbi.compose([gaussian_posterior(x) for x in X[:2]], PRIOR)
+    engine = VI(FullRank(), 300, 8000)
+    tree = infer(lambda: numpyro.sample("z", product), engine, key=KEY, progress=False)
+    mean, covariance, _ = tall_gaussian(X[:2])
+    draws = np.asarray(tree.posterior["z"]).reshape(-1, 2)
+    assert_mean(draws, mean, bias=0.2)
+    assert_cov(draws, covariance, bias=0.3)
 
 
 def normal(mean, variance, z):

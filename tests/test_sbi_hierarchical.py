@@ -3,6 +3,9 @@
 `g ~ N(0, 1)`, `l_i ~ N(g, 0.5)`, `x_i ~ N(l_i, 0.3)`; the networks are exact.
 """
 
+import dataclasses
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,11 +26,12 @@ X = jnp.asarray([[0.4], [1.5], [-0.3]])
 
 
 class Shared(AbstractDenoiser):
-    """Of `g` given `x`, the local parameter integrated out."""
+    """Of `g` given `x`, the local parameter integrated out, or given nothing."""
 
     def __call__(self, x, sigma, context=None):
-        variance = 1 / (1 + 1 / (SPREAD + NOISE))
-        mean = variance * context.x / (SPREAD + NOISE)
+        gain = 1.0 if context.known is None else context.known
+        variance = 1 / (1 + gain / (SPREAD + NOISE))
+        mean = variance * gain * context.x / (SPREAD + NOISE)
         return Moments.dense(mean, jnp.full((1, 1), variance)).denoise(x, sigma)
 
 
@@ -66,9 +70,9 @@ def truth():
     return np.linalg.solve(precision, pull), np.linalg.inv(precision)
 
 
-def check(local):
+def check(local, shared=None):
     engine = FeynmanKac(None, num_particles=5000, num_groups=4, num_steps=60)
-    shared = posterior(Shared(), "g", 1)
+    shared = posterior(Shared(), "g", 1) if shared is None else shared
     tree = sbi.infer_hierarchical(
         shared, posterior(local, "l", 2), X, engine, key=KEY, progress=False
     )
@@ -82,6 +86,23 @@ def check(local):
 
 def test_draws_are_those_of_the_joint_posterior():
     check(Local())
+
+
+def test_a_prior_that_is_not_known_is_the_learned_one():
+    known = posterior(Shared(), "g", 1)
+    parameters = dataclasses.replace(known.parameters, law=None)
+    with pytest.raises(ValueError, match="prior.. needs a network that was trained with drop > 0"):
+        check(Local(), dataclasses.replace(known, parameters=parameters))
+    check(Local(), dataclasses.replace(known, parameters=parameters, can_drop=True))
+
+
+def test_shared_draws_outside_the_range_of_training_are_warned_of():
+    local = posterior(Local(), "l", 2)
+    local = eqx.tree_at(lambda p: p.standardise.high, local, jnp.asarray([20.0, 1.0]))
+    z = jnp.asarray([[0.5], [0.9], [1.1]])
+    with pytest.warns(UserWarning, match="data of local parameters lies outside .* in 3 of 18 "):
+        sbi.draw_local(local, z, X, key=KEY)
+    sbi.draw_local(local, z[:2], X, key=KEY)
 
 
 def test_a_wrong_local_network_is_seen():

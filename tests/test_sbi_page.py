@@ -17,7 +17,9 @@ import pytest
 from scoreprior.denoise import Gaussian
 from scoreprior.flow import Flow
 from scoreprior.gaussian import Moments
+from scoreprior.infer import infer
 from scoreprior.prior import ScorePrior
+from scoreprior.smc import FeynmanKac
 
 pytestmark = [pytest.mark.promotes_ranks, pytest.mark.slow]
 PAGE = Path(__file__).parents[1] / "docs" / "simulation-based.md"
@@ -72,9 +74,20 @@ def check_one(page):
     agree(page["narrowed"], *truth)
     agree(page["embedded"].sample(jax.random.key(0), page["x_observed"], 2000), *truth)
     agree(page["gap"]["theta"], *given(TIMES[[0, 2]], x[[0, 2]], 0.25))
+    check_one_more(page)
     known = page["known"]["theta"]
     agree(known[:, 1], *given(TIMES[:, 1:], x - 0.5, 0.25, np.zeros(1), np.eye(1)))
     np.testing.assert_allclose(known[:, 0], 0.5, rtol=1e-6)
+
+
+def check_one_more(page):
+    """The posterior as a prior site, with an observation of the speed beside it."""
+    engine = FeynmanKac(None, num_particles=1000, num_steps=60)
+    tree = infer(page["one_more"], engine, -0.5, key=jax.random.key(1), progress=False)
+    z = tree.posterior["z"].values.reshape(-1, 2)
+    theta = jax.vmap(page["posterior"].parameters.from_vector)(z)
+    rows, data = [*TIMES, [0.0, 1.0]], [*np.asarray(page["x_observed"]), -0.5]
+    agree(theta, *given(rows, data, [0.25] * 3 + [0.01]))
 
 
 def check_many(page):

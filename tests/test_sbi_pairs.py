@@ -70,6 +70,14 @@ def test_a_simulator_is_run_once_and_its_draws_are_kept(tmp_path):
     np.testing.assert_array_equal(Simulations.load(tmp_path / "store").x, made.x)
 
 
+@pytest.mark.parametrize("kind", [NPSE, JointNPSE])
+def test_the_bar_of_a_simulator_may_be_left_out(kind, capsys):
+    kind(PRIOR, simulator, num_simulations=30, key=KEY)
+    assert "30/30" in capsys.readouterr().err
+    kind(PRIOR, simulator, num_simulations=30, key=KEY, progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_black_box_is_run_by_its_workers_and_once(tmp_path):
     logged = functools.partial(black_boxes.logged, str(tmp_path / "log"))
     made = NPSE(PRIOR, BlackBox(logged, num_workers=1), num_simulations=12, key=KEY)

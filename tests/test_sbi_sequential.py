@@ -165,7 +165,7 @@ def test_an_interrupted_run_returns_whole_rounds_and_goes_on_as_if_nothing_had_b
     with pytest.raises(OSError) as caught:
         again()
     np.testing.assert_array_equal(caught.value.done.x, part.x)
-    assert "rounds kept in the attribute done of this error: 1" in caught.value.__notes__[-1]
+    assert "rounds kept in attribute done of this error: 1" in caught.value.__notes__[-1]
     simulator.num = -1
     assert_same(again(), whole)
     assert not again().interrupted

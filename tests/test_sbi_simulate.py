@@ -171,6 +171,13 @@ def test_when_nothing_succeeds_the_error_says_what_to_do():
     assert len(calls) == 16
 
 
+def test_a_bar_counts_draws_unless_it_is_not_wanted(capsys):
+    simulate(PRIOR, gaussian, 40, key=KEY)
+    assert "40/40" in capsys.readouterr().err
+    quiet(PRIOR, gaussian, 40)
+    assert capsys.readouterr().err == ""
+
+
 # The store
 
 

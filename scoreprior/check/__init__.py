@@ -15,6 +15,7 @@ from scoreprior.check.diversity import (
     vendi_score,
 )
 from scoreprior.check.plots import (
+    plot_c2st,
     plot_coverage,
     plot_ecdf,
     plot_local_c2st,
@@ -64,6 +65,7 @@ __all__ = [
     "misspecification",
     "out_of_distribution",
     "plot_bits",
+    "plot_c2st",
     "plot_coverage",
     "plot_diversity",
     "plot_draws",

@@ -108,6 +108,23 @@ def plot_local_c2st(tree: DataTree) -> Figure:
     return _histograms(panels, "permuted labels")
 
 
+def plot_c2st(tree: DataTree) -> Figure:
+    """Held-out accuracy of every fold of `c2st`, with two standard errors of guessing about 1/2."""
+    folds = _group(tree, "c2st", "accuracy")["accuracy"].values
+    attrs, places = tree.attrs, np.arange(len(folds)) + 1
+    spread = 1 / np.sqrt(2 * attrs["num"] / len(folds))  # twice sqrt(1/4 / draws held out)
+    with _page(1) as (figure, (ax,)):
+        blue, red = _colours()
+        ax.axhspan(0.5 - spread, 0.5 + spread, color="0.5", alpha=0.25, linewidth=0)
+        ax.axhline(0.5, color="0.5", linestyle="--", linewidth=1)
+        ax.axhline(attrs["accuracy"], color=red, linewidth=2, label="mean")
+        ax.plot(places, folds, "o", color=blue, label="folds")
+        ax.set_title(_title("C2ST", attrs["p_value"]))
+        ax.set(xlabel="Fold", ylabel="Accuracy", xticks=places)
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
 class Panel(NamedTuple):
     """One number among those that it is compared with."""
 
@@ -196,4 +213,11 @@ def _group(tree: DataTree, group: str, variable: str, check: str | None = None) 
     return tree[group].to_dataset()
 
 
-__all__ = ["plot_coverage", "plot_ecdf", "plot_local_c2st", "plot_predictive", "plot_tarp"]
+__all__ = [
+    "plot_c2st",
+    "plot_coverage",
+    "plot_ecdf",
+    "plot_local_c2st",
+    "plot_predictive",
+    "plot_tarp",
+]

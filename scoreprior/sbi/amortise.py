@@ -46,9 +46,9 @@ class NPSE(eqx.Module):
     and `x`, such as the result of `sbi.simulate`, or the pair `(theta, x)`, with leading axis
     [n], `theta` an array or a dict as `prior` has it, and `x` [n, *x]; or a simulator, of which
     `sbi.simulate` makes `num_simulations` draws with `key`, kept in the folder `store` if there is
-    one, with its rules and errors for draws that fail; `embedding(x)`, a callable pytree from one
-    standardised observation to a vector, trained with the network, by default the flattened
-    observation itself; `SetEncoder(...)` where an observation is a set, `x`
+    one, with its bar if `progress`, and its rules and errors for draws that fail; `embedding(x)`, a
+    callable pytree from one standardised observation to a vector, trained with the network, by
+    default the flattened observation itself; `SetEncoder(...)` where an observation is a set, `x`
     [n, max_items, *x], of which training draws subsets of every size; `drop`, the share of
     training without an observation, from which `Posterior.prior` is learnt.
 
@@ -87,13 +87,15 @@ class NPSE(eqx.Module):
         drop: float = 0.0,
         sigma_min: float = 3e-3,
         sigma_max: float = 10.0,
+        progress: bool = True,
     ):
         if not 0 <= drop < 1:
             raise ValueError(f"drop must lie in [0, 1), got {drop}")
         check_positive("sigma_min", sigma_min)
         check_positive("sigma_max", sigma_max)
         self.parameters = prior if isinstance(prior, Parameters) else Parameters.of(prior)
-        self.z, self.x = pairs(self.parameters, simulations, Source(num_simulations, key, store))
+        source = Source(num_simulations, key, store, progress)
+        self.z, self.x = pairs(self.parameters, simulations, source)
         self.embedding = Flat() if embedding is None else embedding
         self.width, self.num_blocks, self.dropout = width, num_blocks, dropout
         self.drop, self.sigma_min, self.sigma_max = drop, sigma_min, sigma_max

@@ -26,7 +26,7 @@ from scoreprior.flow import Flow
 from scoreprior.infer import infer
 from scoreprior.sbi.compose import compose
 from scoreprior.sbi.parameters import Parameters
-from scoreprior.sbi.posterior import Posterior, default_solver
+from scoreprior.sbi.posterior import Posterior, check_range, default_solver
 from scoreprior.solver import AbstractSolver
 
 BATCH_SIZE = 1024
@@ -114,11 +114,15 @@ def draw_local(
 ) -> PyTree[Array]:
     """One draw of the local parameters for every shared `z` and observation: leaves [num, n, ...].
 
-    By a flow with the covariance of the local prior about the mean of each posterior.
+    By a flow with the covariance of the local prior about the mean of each posterior. Warns of
+    observations and of `z` outside the range of training.
     """
     check_count("observations", len(observations))
     num, n = len(z), len(observations)
     pairs = jnp.repeat(z, n, 0), jnp.tile(observations, (num, *(1,) * (observations.ndim - 1)))
+    data = jax.vmap(joined)(pairs[1], pairs[0])
+    outside = jax.vmap(local.standardise.outside)(data)
+    check_range(data, outside, name="the data of local parameters")
     solver = local.solver or default_solver(local.moments, local.sigma_min)
     draws = _draw_pairs(local, solver, *pairs, jax.random.split(key, num * n))
     return jax.tree.map(lambda leaf: leaf.reshape(num, n, *leaf.shape[1:]), draws)

@@ -225,13 +225,15 @@ class JointNPSE(eqx.Module):
         dropout: float = 0.1,
         sigma_min: float = 3e-3,
         sigma_max: float = 10.0,
+        progress: bool = True,
     ):
         check_positive("sigma_min", sigma_min)
         check_positive("sigma_max", sigma_max)
         self.parameters = prior if isinstance(prior, Parameters) else Parameters.of(prior)
         if X in self.parameters.names:
             raise ValueError(f"prior must have no site {X!r}, the name of the observation")
-        self.z, self.x = pairs(self.parameters, simulations, Source(num_simulations, key, store))
+        source = Source(num_simulations, key, store, progress)
+        self.z, self.x = pairs(self.parameters, simulations, source)
         self.width, self.num_blocks, self.dropout = width, num_blocks, dropout
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 

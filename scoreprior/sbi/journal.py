@@ -38,7 +38,7 @@ class Journal:
         arrays = {"draws": arrived.draws, "status": arrived.status}
         if arrived.x is not None:
             arrays["x"] = arrived.x
-        messages = json.dumps(list(arrived.messages.items()))
+        messages = json.dumps([(int(i), text) for i, text in arrived.messages.items()])
         buffer = io.BytesIO()
         np.savez(buffer, **arrays, messages=np.array(messages))
         record = buffer.getvalue()
@@ -55,10 +55,9 @@ class Journal:
                 record = file.read(size)
                 if len(record) < size or zlib.crc32(record) != checksum:
                     return
-                arrays = np.load(io.BytesIO(record))
-                messages = {int(i): text for i, text in json.loads(str(arrays["messages"]))}
-                x = arrays["x"] if "x" in arrays else None
-                yield Arrived(arrays["draws"], arrays["status"], x, messages)
+                arrays = dict(np.load(io.BytesIO(record)))
+                messages = dict(json.loads(str(arrays.pop("messages"))))
+                yield Arrived(**{"x": None, **arrays}, messages=messages)
 
     def clear(self) -> None:
         """Drop all records, once they are in the store."""

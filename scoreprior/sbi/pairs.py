@@ -25,6 +25,7 @@ class Source(NamedTuple):
     num_simulations: int | None = None
     key: Key | None = None
     store: str | os.PathLike[str] | None = None
+    progress: bool = True
 
 
 def pairs(parameters: Parameters, simulations: Any, source: Source) -> tuple[Array, Array]:
@@ -86,7 +87,7 @@ def _simulated(
     parameters: Parameters, simulator: Any, source: Source
 ) -> tuple[PyTree[Array], Array]:
     """Draws of a simulator, each made once."""
-    num, key, store = source
+    num, key = source.num_simulations, source.key
     if num is None or key is None:
         missing = [name for name in ("num_simulations", "key") if getattr(source, name) is None]
         raise ValueError(
@@ -94,7 +95,9 @@ def _simulated(
             f"{' and no '.join(missing)} for {simulator!r}"
         )
     check_count("num_simulations", num)
-    made = simulate(parameters.prior, simulator, num, key=key, store=store)
+    made = simulate(
+        parameters.prior, simulator, num, key=key, store=source.store, progress=source.progress
+    )
     if made.num_pending:
         warnings.warn(
             f"the simulator was interrupted: {len(made)} simulations are trained on, and "
@@ -105,7 +108,8 @@ def _simulated(
 
 
 def _check_unused(simulations: Any, source: Source) -> None:
-    given = [name for name, value in source._asdict().items() if value is not None]
+    names = ("num_simulations", "key", "store")
+    given = [name for name in names if getattr(source, name) is not None]
     if given:
         raise ValueError(
             f"{' and '.join(given)} must be given with a simulator only, got simulations of type "

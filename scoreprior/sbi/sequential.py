@@ -121,7 +121,9 @@ class TSNPSE(eqx.Module):
         if self.tolerance is not None:
             check_positive("tolerance", self.tolerance)
         check_share("max_failures", self.max_failures)
-        _check_names("settings", self.settings, NPSE, {"key", "num_simulations", "store"})
+        _check_names(
+            "settings", self.settings, NPSE, {"key", "num_simulations", "store", "progress"}
+        )
         _check_names("training", self.training, NPSE.fit, {"key", "checkpoint"})
 
     def fit(
@@ -166,7 +168,7 @@ class TSNPSE(eqx.Module):
         except Exception as error:
             if done is not None:
                 error.done = done  # type: ignore[attr-defined]
-                error.add_note(f"rounds kept in the attribute done of this error: {len(done.rounds)}")
+                error.add_note(f"rounds kept in attribute done of this error: {len(done.rounds)}")
             raise
         return done
 

@@ -95,7 +95,7 @@ class Store:
         self._grow()
 
     def add(self, arrived: Arrived) -> None:
-        """Write what arrived: into the journal if writing arrays has just taken much of the time."""
+        """Write what arrived, into the journal while arrays have just taken much of the time."""
         self._dirty.append(arrived.draws)
         if time.perf_counter() >= self._next_flush:
             self.flush()
