@@ -156,7 +156,6 @@ class Composition(dist.Distribution):
         flows = [stack[0].flow for stack in self.stacks]  # levels are alike in a stack
         low = self._lowest(min(flow.sigma_min for flow in flows))
         high = max(flow.sigma_max for flow in flows)
-        sigmas = LogGrid(low, high)(num_steps).astype(self.exponents.dtype)
         weight, control = weight or Trapezoid(), control or VarianceControl()
         noise = noise or TargetScore()
         if weight.needs_energy:
@@ -166,18 +165,23 @@ class Composition(dist.Distribution):
                 f"noise must be TargetScore() with weight {type(weight).__name__}(), a ratio of "
                 f"kernels, got {noise!r}: take Trapezoid() or Euler()"
             )
-        least = self._least_steps(low, high)
-        if num_steps < least:
-            raise ValueError(
-                f"num_steps must be at least {least} for noise levels from {high:g} to "
-                f"{low:g} and exponents {self._listed()}, got {num_steps}"
-            )
+        num_steps = self._checked_steps(num_steps, low, high)
+        sigmas = LogGrid(low, high)(num_steps).astype(self.exponents.dtype)
         levels = Levels.full_noise(low, sigmas)
         return Composed(self.factors(), levels, weight, control, noise, **tilt)
 
     def _lowest(self, sigma_min: float) -> float:
         """Down to which scale the levels on top of `sigma_min` are even in their logarithm."""
         return sigma_min
+
+    def _checked_steps(self, num_steps: int, low: float, high: float) -> int:
+        least = self._least_steps(low, high)
+        if num_steps < least:
+            raise ValueError(
+                f"num_steps must be at least {least} for noise levels from {high:g} to "
+                f"{low:g} and exponents {self._listed()}, got {num_steps}"
+            )
+        return num_steps
 
     def _least_steps(self, low: float, high: float) -> int:
         """How many keep a step from overshooting the narrowest mode."""

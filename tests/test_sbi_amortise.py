@@ -16,7 +16,7 @@ from scoreprior.gaussian import Moments
 from scoreprior.infer import infer
 from scoreprior.nn.embed import zeroed
 from scoreprior.prior import ScorePrior
-from scoreprior.sbi import NPSE, Parameters, Posterior, SetEncoder, Standardise, compose
+from scoreprior.sbi import NPSE, Parameters, Posterior, SetEncoder, Standardise, compose, law_of
 from scoreprior.sbi.embed import DrawItems
 from scoreprior.smc import FeynmanKac
 from stats import assert_cov, assert_mean, assert_proportion
@@ -315,6 +315,18 @@ def product_of_sets(amortised):
 @pytest.mark.usefixtures("as_user")
 def test_posteriors_of_sets_compose_with_the_prior_that_was_learnt(of_sets):
     assert product_of_sets(of_sets) < 0.25
+
+
+def test_a_law_of_theta_in_place_of_that_of_z_is_warned_of():
+    theta = PRIOR.sample(KEY, (400,))
+    x = theta @ A.T + NOISE * jax.random.normal(KEY, (400, 3))
+    amortised = NPSE(PRIOR, (theta, x), width=8, num_blocks=1).fit(
+        key=KEY, num_steps=1, surrogate=None, progress=False
+    )
+    laws = [amortised.condition(A @ LOC + shift) for shift in (0.0, 0.1)]
+    compose(laws, amortised.parameters.law)
+    with pytest.warns(UserWarning, match=r"got \[ 1. -2.\] \+- .* divides by another prior"):
+        compose(laws, law_of(PRIOR))
 
 
 # Bad input.

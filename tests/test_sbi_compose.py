@@ -261,12 +261,16 @@ def test_tails_wider_than_their_gaussian_widen_the_bridge():
     assert bridge.tails(product.factors(), kept.stack).path.min() >= bridge.LEAST_SLOPE
     # What the bridge leaves of an observation pulls too.
     plain = sbi.compose([score_prior(wide)] * 20, PRIOR, bridge=False)
-    with pytest.raises(ValueError, match="num_steps must be at least") as narrow:
-        product.composed(2)
-    with pytest.raises(ValueError, match="num_steps must be at least") as wider:
-        plain.composed(2)
-    least = [int(str(error.value).split()[5]) for error in (narrow, wider)]
-    assert 20 < least[0] < least[1] / 3
+    found = []
+    for law in (product, plain):
+        with pytest.warns(UserWarning, match=r"num_steps is raised from 2 to \d+: Product"):
+            found.append(len(law.composed(2).levels.h))
+    assert 20 < found[0] < found[1] / 3
+    assert len(product.composed(found[0]).levels.h) == found[0]
+    engine = FeynmanKac(None, num_particles=100, num_groups=1, num_steps=2)
+    with pytest.warns(UserWarning, match="num_steps is raised"):
+        tree = infer(lambda: numpyro.sample("z", product), engine, key=KEY, progress=False)
+    assert tree.sample_stats["ess"].shape == (1, found[0])
 
 
 def test_tails_are_seen_between_the_axes_too():

@@ -150,9 +150,6 @@ def gaussian(size: int, n: int, eps: float, seed: int) -> tuple[Case, np.ndarray
 def by_cloud(case: Case, num: int, key: Any, num_steps: int, bridge: bool) -> tuple[Any, float]:
     """`num` draws of a cloud of four times as many, and its estimate of the evidence ratio."""
     product = sbi.compose(case.posteriors, standard(case.size), bridge=bridge)
-    flow = product.priors[0].flow
-    least = product._least_steps(product._lowest(flow.sigma_min), flow.sigma_max)
-    num_steps = max(num_steps, least)  # many where there is no bridge
     size = 4 * num
     state = _run(product.composed(num_steps), size, key)
     key_rows, key_some = jax.random.split(jax.random.fold_in(key, 1))

@@ -85,9 +85,7 @@ def data_set(task: Tall, n: int, seed: int) -> jax.Array:
 def by_ours(case: Case, num: int, key: Any, num_steps: int) -> tuple[Any, float]:
     """`FeynmanKac` on the product, as in the documentation."""
     product = sbi.compose(case.posteriors, case.law)
-    first = case.posteriors[0].flow
-    least = product._least_steps(product._lowest(first.sigma_min), first.sigma_max)
-    engine = sp.FeynmanKac(None, num_particles=num // 4, num_steps=max(num_steps, least))
+    engine = sp.FeynmanKac(None, num_particles=num // 4, num_steps=num_steps)
     tree = sp.infer(_model(product), engine, key=key, progress=False)
     draws = tree.posterior["z"].values.reshape(-1, case.size)
     return draws, float(tree.sample_stats["log_evidence"])

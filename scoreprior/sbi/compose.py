@@ -35,7 +35,12 @@ from scoreprior.feynman_kac import (
 from scoreprior.flow import Flow, LogRatioTime, Multistep
 from scoreprior.prior import ScorePrior
 from scoreprior.sbi.bridge import NUM_CHECKED, Bridge, find_bridge, make_bridge, tails
+from scoreprior.sbi.conditional import Amortised
 from scoreprior.sbi.confined import confine
+from scoreprior.sbi.posterior import INSIDE
+
+STEP_MULTIPLE = 20
+"""Of steps that are more than was asked for, so that one program serves several data sets."""
 
 
 class Product(Composition):
@@ -45,6 +50,9 @@ class Product(Composition):
     `log_prob` is unnormalised, and the `log_evidence` of `FeynmanKac` without other data is
     `log p(x_1..n) - sum_i log p(x_i)`. That is how much better the observations fit one parameter
     than one each: far below what simulated data give, they do not belong together.
+
+    `FeynmanKac` takes more steps than it was asked for, with a warning, where the path of a product
+    needs them: a bridge of small share, or none.
 
     Each factor has the noise `sigma_min`, which is to be small against the width of the posterior
     of one observation, and need not be against that of all.
@@ -142,6 +150,19 @@ class Product(Composition):
         narrowest = math.sqrt(float(np.min(np.asarray(center.eigenvalues))) + sigma_min**2)
         return min(sigma_min, narrowest / 3)
 
+    def _checked_steps(self, num_steps: int, low: float, high: float) -> int:
+        """As many as the path needs, which nobody knows before the posteriors are there."""
+        least = self._least_steps(low, high)
+        if num_steps >= least:
+            return num_steps
+        enough = STEP_MULTIPLE * math.ceil(least / STEP_MULTIPLE)
+        warnings.warn(
+            f"num_steps is raised from {num_steps} to {enough}: {self} needs {least} steps, for a "
+            "particle not to overshoot on its way",
+            skip_file_prefixes=INSIDE,
+        )
+        return enough
+
     def _least_steps(self, low: float, high: float) -> int:
         if self.bridge_stack is None:
             return super()._least_steps(low, high)
@@ -213,12 +234,34 @@ def compose(
             f"posteriors and prior must share an event shape, the size of z, got {sorted(shapes)}"
         )
     if priors:
+        _check_training(posteriors[0], priors[0][0])
         posteriors = confine(posteriors, prior)
     laws = _alike([*posteriors, *(law for law, _ in priors)])
     exponents = [1.0] * n + [power for _, power in priors]
     if batch_size is not None:
         _check_batches(batch_size, laws[:n], bridge)
     return Product(laws[:n], laws[n:], exponents, bridge=bridge, batch_size=batch_size)
+
+
+def _check_training(posterior: ScorePrior, prior: ScorePrior) -> None:
+    """Warn of a prior that is far from the draws that a network of `NPSE` was trained on."""
+    learned = getattr(posterior.flow.denoiser, "denoiser", None)
+    if not isinstance(learned, Amortised):
+        return
+    seen, given = (
+        (np.asarray(m.mean, float), np.sqrt(np.diag(np.asarray(m.covariance(), float))))
+        for m in (learned.regression.prior, prior.flow.moments)
+    )
+    shift = np.abs(given[0] - seen[0]) / seen[1]
+    ratio = np.maximum(given[1] / seen[1], seen[1] / given[1])
+    if (shift > 0.5).any() or (ratio > 1.5).any():
+        told = [f"{np.round(m, 2)} +- {np.round(sd, 2)}" for m, sd in (given, seen)]
+        warnings.warn(
+            "prior must be the law of z that the network was trained on, for draws of the prior "
+            f"posterior.parameters.law, got {told[0]} where these were {told[1]}: the product "
+            "divides by another prior",
+            skip_file_prefixes=INSIDE,
+        )
 
 
 def _check_batches(batch_size: int, posteriors: list[ScorePrior], bridge: bool) -> None:

@@ -66,9 +66,10 @@ class FeynmanKac(eqx.Module):
     weight.
 
     **Arguments:** `guidance`; the nearer it is to the truth, the less the weights vary.
-    `num_particles` per group; `num_groups`; `num_steps`, levels even in `log sigma`. `threshold`:
-    particles are resampled when their effective sample size falls below this share of them; 1
-    resamples always, 0 never. `control`: an extra drift that flattens the weights; `None` is
+    `num_particles` per group; `num_groups`; `num_steps`, levels even in `log sigma`, of which a
+    `sbi.Product` may take more. `threshold`: particles are resampled when their effective sample
+    size falls below this share of them; 1 resamples always, 0 never. `control`: an extra drift that
+    flattens the weights; `None` is
     `VarianceControl()` for a `Composition` and none for a `ScorePrior`. `weight`: how the weights
     of a step are integrated where there is a composition or control; `EnergyRatio()` takes the
     denoisers' energies and is exact at any `num_steps`, for a `ScorePrior` too, which then is the
@@ -152,15 +153,16 @@ class FeynmanKac(eqx.Module):
             _check_weights(clouds, start + count, self.guidance)
             return clouds, record
 
-        loop = Loop(self.num_steps, 0, self.chunk_size, _describe)
+        num_steps = target.chain.levels.r.size
+        loop = Loop(num_steps, 0, self.chunk_size, _describe)
         chunks, clouds, interrupted = run_chunks(
             advance, clouds, loop, progress=progress, checkpoint=store
         )
         done = sum(len(chunk.outputs["record"]["ess"]) for chunk in chunks)
-        if interrupted and done < self.num_steps:
+        if interrupted and done < num_steps:
             where = "" if checkpoint is None else f"; {checkpoint} has them: run again to go on"
             raise KeyboardInterrupt(
-                f"interrupted after {done} of {self.num_steps} levels, where particles are noise "
+                f"interrupted after {done} of {num_steps} levels, where particles are noise "
                 f"and no draws from the posterior{where}"
             )
         log_weights = np.asarray(clouds.log_weights, float)
@@ -195,7 +197,8 @@ class FeynmanKac(eqx.Module):
 
     def _warn(self, draws: Draws) -> None:
         record = {name: values for name, (_, values) in draws.extra.items()}
-        remedy = f"num_particles above {self.num_particles}, or num_steps above {self.num_steps}"
+        num_steps = record["unique_ancestors"].shape[1]
+        remedy = f"num_particles above {self.num_particles}, or num_steps above {num_steps}"
         fewest, khat = int(record["unique_ancestors"][:, -1].min()), float(record["khat"])
         if fewest < FEW_ANCESTORS:
             warnings.warn(
