@@ -106,7 +106,7 @@ def main() -> None:
 
 def many(posterior: sbi.Posterior, keys: Iterator[jax.Array]) -> None:
     """Eight outbreaks with the same rates, alone and with a clinical study of recovery."""
-    engine = sp.FeynmanKac(None, num_particles=100, num_groups=2, num_steps=80)
+    engine = sp.FeynmanKac(None, num_particles=100, num_groups=2, num_steps=120)
 
     def simulate(key: jax.Array, theta: dict[str, jax.Array]) -> jax.Array:
         return jax.vmap(epidemic, (0, None))(jax.random.split(key, 8), theta)

@@ -246,7 +246,8 @@ def test_groups_have_batches_of_their_own():
     assert spread > 3 * np.std(states, ddof=1)
 
 
-def test_tails_wider_than_their_gaussian_widen_the_bridge():
+@pytest.mark.promotes_ranks
+def test_tails_wider_than_their_gaussian_widen_the_bridge(tmp_path):
     """Of half `N(0, 1)` and half `N(0, 1/100)`: the Gaussian of variance 1/2 is too narrow."""
     wide = GaussianMixture.diagonal(
         jnp.asarray([0.5, 0.5]), jnp.zeros((2, 2)), jnp.asarray([[0.9, 0.9], [0.01, 0.01]])
@@ -267,10 +268,23 @@ def test_tails_wider_than_their_gaussian_widen_the_bridge():
             found.append(len(law.composed(2).levels.h))
     assert 20 < found[0] < found[1] / 3
     assert len(product.composed(found[0]).levels.h) == found[0]
-    engine = FeynmanKac(None, num_particles=100, num_groups=1, num_steps=2)
-    with pytest.warns(UserWarning, match="num_steps is raised"):
-        tree = infer(lambda: numpyro.sample("z", product), engine, key=KEY, progress=False)
+    engine = FeynmanKac(None, num_particles=100, num_groups=1, num_steps=2, chunk_size=7)
+
+    def run(law):
+        with pytest.warns(UserWarning, match="num_steps is raised"):
+            return infer(
+                lambda: numpyro.sample("z", law),
+                engine,
+                key=KEY,
+                progress=False,
+                checkpoint=tmp_path / "run",
+            )
+
+    tree, again = run(product), run(product)
     assert tree.sample_stats["ess"].shape == (1, found[0])
+    np.testing.assert_array_equal(tree.posterior["z"], again.posterior["z"])
+    with pytest.raises(ValueError, match="levels"):
+        run(plain)
 
 
 def test_tails_are_seen_between_the_axes_too():

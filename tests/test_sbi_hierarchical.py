@@ -100,8 +100,10 @@ def test_shared_draws_outside_the_range_of_training_are_warned_of():
     local = posterior(Local(), "l", 2)
     local = eqx.tree_at(lambda p: p.standardise.high, local, jnp.asarray([20.0, 1.0]))
     z = jnp.asarray([[0.5], [0.9], [1.1]])
-    with pytest.warns(UserWarning, match="data of local parameters lies outside .* in 3 of 18 "):
+    with pytest.warns(UserWarning, match="^z lies outside .* in 1 of 3 features"):
         sbi.draw_local(local, z, X, key=KEY)
+    with pytest.warns(UserWarning, match="^x_o lies outside .* in 1 of 3 features"):
+        sbi.draw_local(local, z[:2], X.at[1].set(21.0), key=KEY)
     sbi.draw_local(local, z[:2], X, key=KEY)
 
 
@@ -121,5 +123,7 @@ def test_errors_say_what_is_wrong():
     shared, local = posterior(Shared(), "g", 1), posterior(Local(), "g", 2)
     with pytest.raises(ValueError, match="observations must hold at least one, got none"):
         sbi.infer_hierarchical(shared, local, [], FeynmanKac(None), key=KEY)
+    with pytest.raises(ValueError, match=r"local_data, here of shape \(2,\), got \(1,\)"):
+        sbi.draw_local(posterior(Local(), "l", 1), jnp.zeros((1, 1)), X, key=KEY)
     with pytest.raises(ValueError, match=r"names of their own, got \['g'\] twice"):
         sbi.infer_hierarchical(shared, local, X, FeynmanKac(None), key=KEY)

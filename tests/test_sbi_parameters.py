@@ -1,5 +1,7 @@
 """Parameters of a simulator as one real vector, against a change of variables by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from scoreprior.denoise import BlurredUniform, Gaussian, GaussianMixture
 from scoreprior.sbi import Parameters
+from scoreprior.sbi.parameters import from_vectors
 from scoreprior.sbi.soft import BLUR
 from stats import assert_cov, assert_mean
 
@@ -109,6 +112,22 @@ def test_a_chain_of_dependent_sites_is_standard_normal():
     forgetful = (theta["mean"] - 2.0)[:, None]
     with pytest.raises(AssertionError, match="covariance"):
         assert_cov(forgetful, np.eye(1))
+
+
+@dataclasses.dataclass
+class Wide:
+    """A model that cannot be hashed, as dataclasses cannot."""
+
+    scale: float
+
+    def __call__(self):
+        numpyro.sample("a", dist.Normal(1.0, self.scale))
+
+
+def test_models_of_any_kind_have_parameters():
+    parameters = Parameters.of(Wide(3.0))
+    z = jnp.asarray([[0.5], [-1.0]])
+    np.testing.assert_allclose(from_vectors(parameters, z)["a"], [2.5, -2.0], rtol=1e-12)
 
 
 def test_uniform_sites_are_blurred_boxes_of_variance_one():

@@ -203,6 +203,27 @@ def test_a_store_goes_on_where_it_ended(tmp_path):
     assert_same(Simulations.load(path), longer)
 
 
+def test_a_store_without_a_value_goes_on_with_fewer_draws_and_then_with_more(tmp_path, monkeypatch):
+    """Stopped before its first value, and again with a journal that ends in half a record."""
+    path = tmp_path / "store"
+    run = JaxSimulator.run
+
+    def interrupted(self, *arguments):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(JaxSimulator, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(PRIOR, gaussian, 60, store=path)
+    monkeypatch.setattr(JaxSimulator, "run", run)
+    assert_same(quiet(PRIOR, gaussian, 8, store=path), quiet(PRIOR, gaussian, 8), rtol=1e-14)
+    (path / "arrived").write_bytes(bytes(5))
+    assert len(Simulations.load(path)) == 8
+    whole = quiet(PRIOR, gaussian, 60)
+    assert_same(quiet(PRIOR, gaussian, 60, store=path), whole, rtol=1e-14)
+    assert_same(Simulations.load(path), whole, rtol=1e-14)
+
+
 def test_a_store_keeps_sites_of_any_name(tmp_path):
     def named():
         numpyro.sample("inner/a", dist.Normal())
@@ -410,8 +431,9 @@ def test_a_journal_keeps_every_whole_record(tmp_path):
     for cut in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
         path.write_bytes(cut)
         assert same(read()) == 1
-    path.write_bytes(whole[:5])
-    assert read() == []
+    for broken in (whole[:5], bytes(12)):
+        path.write_bytes(broken)
+        assert read() == []
     Journal(path).clear()
     assert read() == []
 
@@ -424,16 +446,29 @@ import conftest, jax
 jax.config.update("jax_numpy_rank_promotion", "allow")
 import black_boxes, test_sbi_simulate as tests
 from scoreprior.sbi import store
-store.SHARE_OF_TIME = 1e-9  # arrays are written once
-add = store.Store.add
+where = sys.argv[3]
+if where == "journal":
+    store.SHARE_OF_TIME = 1e-9  # arrays are written once
+add, write = store.Store.add, store._write
+tables = []
 
-def add_and_die(self, arrived):
-    add(self, arrived)
-    if self._table.num_done >= 40:
-        print(self._table.num_done, flush=True)
+def die():
+    if tables and tables[-1].num_done >= 40:
+        print(tables[-1].num_done, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
+def add_and_die(self, arrived):
+    tables.append(self._table)
+    add(self, arrived)
+    die()
+
+def write_and_die(array, values, rows):
+    die()
+    write(array, values, rows)
+
 store.Store.add = add_and_die
+if where == "arrays":
+    store._write = write_and_die
 if __name__ == "__main__":
     function = functools.partial(black_boxes.logged, sys.argv[2])
     box = tests.BlackBox(function, num_workers=1, batch_size=4)
@@ -441,11 +476,13 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_run_resumes_and_loses_nothing(client, tmp_path):
+@pytest.mark.parametrize("where", ["journal", "arrays"])
+def test_a_killed_run_resumes_and_loses_nothing(client, tmp_path, where):
+    """Killed after a draw that the journal alone has, and before arrays are written."""
     tests = Path(__file__).parent
     log = tmp_path / "log"
     child = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "store"), str(log)],
+        [sys.executable, "-c", KILLED, str(tmp_path / "store"), str(log), where],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
         capture_output=True,
         check=False,

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from scoreprior._stack import Stack
+from scoreprior._util import is_traced
 from scoreprior.composition import Composition, steps_for
 from scoreprior.denoise.exact import AbstractExact
 from scoreprior.feynman_kac import (
@@ -33,6 +34,7 @@ from scoreprior.feynman_kac import (
     NoControl,
 )
 from scoreprior.flow import Flow, LogRatioTime, Multistep
+from scoreprior.gaussian import Moments
 from scoreprior.prior import ScorePrior
 from scoreprior.sbi.bridge import NUM_CHECKED, Bridge, find_bridge, make_bridge, tails
 from scoreprior.sbi.conditional import Amortised
@@ -234,7 +236,8 @@ def compose(
             f"posteriors and prior must share an event shape, the size of z, got {sorted(shapes)}"
         )
     if priors:
-        _check_training(posteriors[0], priors[0][0])
+        if isinstance(prior, AbstractExact):
+            _check_training(posteriors, prior.moments())
         posteriors = confine(posteriors, prior)
     laws = _alike([*posteriors, *(law for law, _ in priors)])
     exponents = [1.0] * n + [power for _, power in priors]
@@ -243,25 +246,28 @@ def compose(
     return Product(laws[:n], laws[n:], exponents, bridge=bridge, batch_size=batch_size)
 
 
-def _check_training(posterior: ScorePrior, prior: ScorePrior) -> None:
-    """Warn of a prior that is far from the draws that a network of `NPSE` was trained on."""
-    learned = getattr(posterior.flow.denoiser, "denoiser", None)
-    if not isinstance(learned, Amortised):
-        return
-    seen, given = (
-        (np.asarray(m.mean, float), np.sqrt(np.diag(np.asarray(m.covariance(), float))))
-        for m in (learned.regression.prior, prior.flow.moments)
-    )
-    shift = np.abs(given[0] - seen[0]) / seen[1]
-    ratio = np.maximum(given[1] / seen[1], seen[1] / given[1])
-    if (shift > 0.5).any() or (ratio > 1.5).any():
-        told = [f"{np.round(m, 2)} +- {np.round(sd, 2)}" for m, sd in (given, seen)]
-        warnings.warn(
-            "prior must be the law of z that the network was trained on, for draws of the prior "
-            f"posterior.parameters.law, got {told[0]} where these were {told[1]}: the product "
-            "divides by another prior",
-            skip_file_prefixes=INSIDE,
+def _check_training(posteriors: list[ScorePrior], prior: Moments) -> None:
+    """Warn of a prior that is far from the draws that networks of `NPSE` were trained on."""
+    found = (getattr(law.flow.denoiser, "denoiser", None) for law in posteriors)
+    networks = {id(each): each for each in found if isinstance(each, Amortised)}
+    for network in networks.values():
+        trained = network.regression.prior
+        if is_traced(trained.mean) or is_traced(prior.mean):
+            continue
+        seen, given = (
+            (np.asarray(m.mean, float), np.sqrt(np.diag(np.asarray(m.covariance(), float))))
+            for m in (trained, prior)
         )
+        shift = np.abs(given[0] - seen[0]) / seen[1]
+        ratio = np.maximum(given[1] / seen[1], seen[1] / given[1])
+        if (shift > 0.5).any() or (ratio > 1.5).any():
+            told = [f"{np.round(m, 2)} +- {np.round(sd, 2)}" for m, sd in (given, seen)]
+            warnings.warn(
+                "prior must be the law of z that the network was trained on, for draws of the "
+                f"prior posterior.parameters.law, got {told[0]} where these were {told[1]}: the "
+                "product divides by another prior",
+                skip_file_prefixes=INSIDE,
+            )
 
 
 def _check_batches(batch_size: int, posteriors: list[ScorePrior], bridge: bool) -> None:

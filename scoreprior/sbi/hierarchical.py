@@ -71,7 +71,8 @@ def infer_hierarchical(
     `posterior` has the local ones too, with an axis `observation`. Each draw of the local
     parameters belongs to the draw of the shared ones: together they are draws of the joint law.
 
-    Raises `ValueError` for no observation and for names that both have.
+    Raises `ValueError` for no observation, for names that both have, and for a `local` posterior
+    that was not trained on `local_data`; warns of draws and data outside its range of training.
     """
     import xarray as xr
 
@@ -119,13 +120,26 @@ def draw_local(
     """
     check_count("observations", len(observations))
     num, n = len(z), len(observations)
+    _check_range(local, z, observations)
     pairs = jnp.repeat(z, n, 0), jnp.tile(observations, (num, *(1,) * (observations.ndim - 1)))
-    data = jax.vmap(joined)(pairs[1], pairs[0])
-    outside = jax.vmap(local.standardise.outside)(data)
-    check_range(data, outside, name="the data of local parameters")
     solver = local.solver or default_solver(local.moments, local.sigma_min)
     draws = _draw_pairs(local, solver, *pairs, jax.random.split(key, num * n))
     return jax.tree.map(lambda leaf: leaf.reshape(num, n, *leaf.shape[1:]), draws)
+
+
+def _check_range(local: Posterior, z: Array, observations: Array) -> None:
+    """Raise where the data of `local` are not `joined` ones; warn outside the range of training."""
+    size, shape = z.shape[1], joined(observations[0], z[0]).shape
+    if local.standardise.mean.shape != shape:
+        raise ValueError(
+            f"local must be trained on local_data, here of shape {shape}, got "
+            f"{local.standardise.mean.shape}"
+        )
+    outside = local.standardise.outside
+    of_x = jax.vmap(lambda x: outside(joined(x, z[0]))[:-size])(observations)
+    of_z = jax.vmap(lambda z: outside(joined(observations[0], z))[-size:])(z)
+    check_range(observations, of_x)
+    check_range(z, of_z, name="z")
 
 
 @eqx.filter_jit

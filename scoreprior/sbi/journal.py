@@ -1,8 +1,8 @@
 """What arrived since a store was last written, record after record in one file.
 
 Writing chunks of a Zarr array is slow, appending is not: so every draw is on disk as soon as it has
-arrived. A kill may cut the last record short, and it alone is lost; its length and its checksum
-tell.
+arrived, and until it is in the arrays. A kill may cut the last record short, and it alone is lost;
+its length and its checksum tell.
 """
 
 import io
@@ -47,17 +47,18 @@ class Journal:
 
     def __iter__(self) -> Iterator[Arrived]:
         """Every whole record, in order."""
-        if not self.path.exists():
+        try:
+            data = io.BytesIO(self.path.read_bytes())
+        except FileNotFoundError:
             return
-        with self.path.open("rb") as file:
-            while len(head := file.read(HEAD.size)) == HEAD.size:
-                size, checksum = HEAD.unpack(head)
-                record = file.read(size)
-                if len(record) < size or zlib.crc32(record) != checksum:
-                    return
-                arrays = dict(np.load(io.BytesIO(record)))
-                messages = dict(json.loads(str(arrays.pop("messages"))))
-                yield Arrived(**{"x": None, **arrays}, messages=messages)
+        while len(head := data.read(HEAD.size)) == HEAD.size:
+            size, checksum = HEAD.unpack(head)
+            record = data.read(size)
+            if not 0 < size == len(record) or zlib.crc32(record) != checksum:
+                return
+            arrays = dict(np.load(io.BytesIO(record)))
+            messages = dict(json.loads(str(arrays.pop("messages"))))
+            yield Arrived(**{"x": None, **arrays}, messages=messages)
 
     def clear(self) -> None:
         """Drop all records, once they are in the store."""

@@ -9,6 +9,7 @@ straight inside the box, and `z` is uniform with soft edges, of variance one (`s
 Other sites take NumPyro's bijection from real numbers to their support.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -95,7 +96,9 @@ class Parameters(eqx.Module):
         if isinstance(prior, dist.Distribution):
             model, is_model = _Single(prior), False
         elif callable(prior):
-            model, is_model = prior, True
+            # Compiled programs are kept by their model, which an object of arrays is no key for.
+            model = prior if _is_hashable(prior) else functools.partial(prior)
+            is_model = True
         else:
             raise TypeError(
                 f"prior must be a NumPyro distribution or a model of no argument, got {prior!r}"
@@ -196,7 +199,7 @@ class Parameters(eqx.Module):
 
 @eqx.filter_jit
 def from_vectors(parameters: Parameters, z: Float[Array, "num size"]) -> PyTree[Array]:
-    """The parameters `theta` [num, ...] of many `z`, compiled once for every prior."""
+    """The parameters `theta` [num, ...] of many `z`, in one compiled program."""
     return jax.vmap(parameters.from_vector)(z)
 
 
@@ -256,6 +259,14 @@ def _chart(fn: dist.Distribution) -> Chart:
     if _is_real(fn.support):
         return Chart(IdentityTransform(), None)
     return Chart(biject_to(fn.support), None)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_real(support: Any) -> bool:

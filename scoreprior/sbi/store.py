@@ -95,12 +95,11 @@ class Store:
         self._grow()
 
     def add(self, arrived: Arrived) -> None:
-        """Write what arrived, into the journal while arrays have just taken much of the time."""
+        """Write what arrived into the journal, and into arrays where that has not taken long."""
+        self._journal.add(arrived)
         self._dirty.append(arrived.draws)
         if time.perf_counter() >= self._next_flush:
             self.flush()
-        else:
-            self._journal.add(arrived)
 
     def flush(self) -> None:
         """Write every row that changed; Zarr's chunks are written whole, and none is read."""
@@ -127,6 +126,7 @@ class Store:
             table, self._table = self._table, read(self.path)
             self.flush()
             self._table = table
+        self._journal.clear()  # of a last record that was cut short
 
     def _grow(self) -> None:
         num, before = len(self._table.status), int(self._group.attrs["num"])
@@ -147,7 +147,7 @@ class Store:
             chunk = int(np.clip(CHUNK_BYTES // row_bytes, 1, CHUNK_ROWS))
             return self._group.create_array(
                 place,
-                shape=values.shape,
+                shape=(max(len(values), int(self._group.attrs["num"])), *values.shape[1:]),
                 dtype=values.dtype,
                 chunks=(chunk, *(max(size, 1) for size in values.shape[1:])),
                 fill_value=np.nan if np.issubdtype(values.dtype, np.floating) else 0,
@@ -165,8 +165,9 @@ def read(path: str | os.PathLike[str]) -> Table:
     leaves = {name: group[_place(name)][:num] for name in places}
     theta = leaves[""] if list(places) == [""] else leaves
     table = Table(theta, num)
+    noted = list(Journal(Path(path) / JOURNAL))  # before the arrays, which a run may be writing
     _restore(group, table)
-    for arrived in Journal(Path(path) / JOURNAL):
+    for arrived in noted:
         table.add(arrived)
     return table
 

@@ -23,6 +23,7 @@ from scoreprior.feynman_kac import (
     Composed,
     FeynmanKacModel,
     FKState,
+    MiniBatched,
     Resampling,
     TargetScore,
     Trapezoid,
@@ -182,6 +183,7 @@ class FeynmanKac(eqx.Module):
         return Scheme(type(self).__name__, **named)
 
     def _settings(self, target: Target, key: Key) -> dict[str, Any]:
+        chain = target.chain
         parts = ("guidance", "control", "weight", "noise", "rejuvenation")
         free = {"chunk_size", "batch_size", *parts}
         engine = {name: value for name, value in vars(self).items() if name not in free}
@@ -193,6 +195,9 @@ class FeynmanKac(eqx.Module):
             "key": key_words(key),
             "data": fingerprint(target.data),
             "prior": fingerprint(_flows(target.prior)),
+            "levels": fingerprint(chain.levels),
+            "factors": fingerprint(chain.stacks if isinstance(chain, Composed) else ()),
+            "mini-batches": chain.num_in_batch if isinstance(chain, MiniBatched) else None,
         }
 
     def _warn(self, draws: Draws) -> None:
