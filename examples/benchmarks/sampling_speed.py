@@ -7,7 +7,7 @@ exploding diffusion, with its own perceptron at the width that gives as many wei
 diffusion of gensbi (github.com/aurelio-amerio/GenSBI; JAX), which leaves the network to its user:
 here that of scoreprior, rewritten in Flax, with the learning rate, batches and steps of scoreprior.
 All learn from the same 10,000 simulations of a task of sbibm. Every package runs in a process of
-its own, pinned to the same core, in single precision, and draws all at once by its default sampler;
+its own, pinned to the same core, in single precision, and draws in one call of its default sampler;
 with its default number of steps, and with the smallest one at which its C2ST is within 0.01 of that
 of the default, found by bisection; scoreprior also with the smallest one at which its C2ST is no
 larger than that of each of the others by default. C2ST is that of `check.c2st` with 2,000 draws,

@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class Journal:
 
     def add(self, arrived: Arrived) -> None:
         """Append one record."""
-        arrays = {"draws": arrived.draws, "status": arrived.status}
+        arrays: dict[str, Any] = {"draws": arrived.draws, "status": arrived.status}
         if arrived.x is not None:
             arrays["x"] = arrived.x
         messages = json.dumps([(int(i), text) for i, text in arrived.messages.items()])
