@@ -125,5 +125,7 @@ def test_errors_say_what_is_wrong():
         sbi.infer_hierarchical(shared, local, [], FeynmanKac(None), key=KEY)
     with pytest.raises(ValueError, match=r"local_data, here of shape \(2,\), got \(1,\)"):
         sbi.draw_local(posterior(Local(), "l", 1), jnp.zeros((1, 1)), X, key=KEY)
+    with pytest.raises(ValueError, match=r"local_data, here of shape \(2,\), got \(3,\)"):
+        sbi.infer_hierarchical(shared, posterior(Local(), "l", 3), X, None, key=KEY)  # no engine
     with pytest.raises(ValueError, match=r"names of their own, got \['g'\] twice"):
         sbi.infer_hierarchical(shared, local, X, FeynmanKac(None), key=KEY)

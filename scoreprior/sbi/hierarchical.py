@@ -84,6 +84,8 @@ def infer_hierarchical(
         raise ValueError(
             f"shared and local parameters must have names of their own, got {sorted(common)} twice"
         )
+    together = jnp.stack(observations)
+    _check_local(local, (together[0].size + shared.parameters.size,))
     law = shared.parameters.law
     prior = shared.prior() if law is None else law
     product = compose([shared.condition(x) for x in observations], prior, batch_size=batch_size)
@@ -96,7 +98,7 @@ def infer_hierarchical(
     key_shared, key_local = jax.random.split(key)
     tree = infer(model, engine, key=key_shared, **options)
     z = jnp.asarray(np.asarray(tree.posterior["z"]))
-    draws = draw_local(local, z.reshape(-1, z.shape[-1]), jnp.stack(observations), key=key_local)
+    draws = draw_local(local, z.reshape(-1, z.shape[-1]), together, key=key_local)
     posterior = tree.posterior.to_dataset()
     for name, value in _named(local.parameters, draws).items():
         array = np.asarray(value).reshape(*z.shape[:2], *value.shape[1:])
@@ -120,6 +122,7 @@ def draw_local(
     """
     check_count("observations", len(observations))
     num, n = len(z), len(observations)
+    _check_local(local, joined(observations[0], z[0]).shape)
     _check_range(local, z, observations)
     pairs = jnp.repeat(z, n, 0), jnp.tile(observations, (num, *(1,) * (observations.ndim - 1)))
     solver = local.solver or default_solver(local.moments, local.sigma_min)
@@ -127,15 +130,17 @@ def draw_local(
     return jax.tree.map(lambda leaf: leaf.reshape(num, n, *leaf.shape[1:]), draws)
 
 
-def _check_range(local: Posterior, z: Array, observations: Array) -> None:
-    """Raise where the data of `local` are not `joined` ones; warn outside the range of training."""
-    size, shape = z.shape[1], joined(observations[0], z[0]).shape
+def _check_local(local: Posterior, shape: tuple[int, ...]) -> None:
     if local.standardise.mean.shape != shape:
         raise ValueError(
             f"local must be trained on local_data, here of shape {shape}, got "
             f"{local.standardise.mean.shape}"
         )
-    outside = local.standardise.outside
+
+
+def _check_range(local: Posterior, z: Array, observations: Array) -> None:
+    """Warn of observations and of `z` outside the range of training."""
+    size, outside = z.shape[1], local.standardise.outside
     of_x = jax.vmap(lambda x: outside(joined(x, z[0]))[:-size])(observations)
     of_z = jax.vmap(lambda z: outside(joined(observations[0], z))[-size:])(z)
     check_range(observations, of_x)
